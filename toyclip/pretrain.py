@@ -264,7 +264,7 @@ def build_parser():
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of all batches (0)")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads (as many as torch takes)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw batches; 0: none beside this (1)")
+    parser.add_argument("--workers", type=int, default=0, help="extra processes that draw batches (0)")
     parser.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (500)")
     parser.add_argument("--out", type=Path, default=HERE / "weights.safetensors", help="file to write")
     return parser
