@@ -1,0 +1,460 @@
+"""The dull parts of a run: flags and defaults, the run folder, checkpoints, results and the table. No method in here.
+
+A run folder holds config.json, metrics.jsonl (a line an epoch), checkpoint.pt, predictions.npz and result.json. Each is
+written under a temporary name and renamed, so a killed run leaves the old file or the new one, never half of one.
+"""
+
+import argparse
+import functools
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+import data
+from common import Clip, evaluate, harmonic_mean, log, write_atomic
+from data import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Flags and settings: a typed flag wins, then a paper's exception (--paper), then the file's DEFAULTS, then COMMON
+# ----------------------------------------------------------------------------------------------------------------------
+COMMON = {"data_root": "data", "shots": 16, "seed": 1, "classes": "all", "test_on": [], "test_part": "test",
+          "label_noise": 0.0, "download": False, "domains": False, "paper": False, "max_steps": 0, "device": "auto",
+          "precision": "auto", "workers": 0, "cache_dir": "cache", "resume": False, "eval_only": False,
+          "checkpoint_seconds": 30.0, "eval_every": 0}  # fmt: skip
+# Flags that do not change a result: a resumed run may be given other values.
+FREE = {"data_root", "download", "device", "workers", "cache_dir", "out_dir", "resume", "checkpoint", "eval_only",
+        "checkpoint_seconds"}  # fmt: skip
+
+
+def number(kind: type, low: float, high: float, expected: str):
+    """An argparse type: a number within [low, high]; argparse reports others as "invalid EXPECTED value"."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = expected
+    return parse
+
+
+positive_int, count = number(int, 1, 10**9, "positive integer"), number(int, 0, 10**9, "whole number")
+positive_float, non_negative = (
+    number(float, 1e-12, 1e12, "positive number"),
+    number(float, 0, 1e12, "non-negative number"),
+)
+fraction = number(float, 0, 1, "number from 0 to 1")
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the flags every script has. All default to None, so that settle() can tell what was typed."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    data.add_data_flags(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="toyclip, or an open_clip name: RN50, ViT-B-16, ...")
+    add("--pretrained", help="an open_clip tag (openai, laion2b_s34b_b88k, ...) or a local weights file")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--paper", action="store_true", default=None, help="apply the paper's per-dataset exceptions")
+    add("--epochs", type=positive_int, help="passes over the training images")
+    add("--batch-size", type=positive_int, help="images a step")
+    add("--lr", type=positive_float, help="peak learning rate")
+    add("--augment", choices=["crop", "none", "randaugment"], help="crop: CoOp's; none: the test transform")
+    add("--views", type=count, help="0: a fresh augmented view every epoch; V: V cached views, used in turn")
+    add("--max-steps", type=count, help="stop after so many steps, to try things out (0: no limit)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", help="auto, cpu, cuda, cuda:1, mps (untested)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="of the frozen towers; what is learned is fp32")
+    add("--memory-gb", type=positive_float, help="bound on the text pass [4 on the CPU, half of a GPU's total]")
+    add("--workers", type=count, help="processes that decode images")
+    add("--cache-dir", help="folder of cached image features, or none")
+    add("--out-dir", help="run folder [runs/METHOD-DATASET-SHOTSshot-seedN]")
+    add("--resume", action="store_true", default=None, help="go on with the unfinished run in --out-dir")
+    add("--checkpoint", help="with --eval-only: a run folder or its checkpoint.pt")
+    add("--checkpoint-seconds", type=non_negative, help="at most one checkpoint in so many seconds; 0: every epoch")
+    add("--eval-only", action="store_true", default=None, help="evaluate --checkpoint instead of training")
+    add("--eval-every", type=count, help="accuracy on the validation part every so many epochs; it selects nothing")
+    add("--compare", action=argparse.BooleanOptionalAction, help="also train the plain baseline from the same start")
+    return parser
+
+
+def with_defaults(parser: argparse.ArgumentParser, defaults: dict) -> argparse.ArgumentParser:
+    """Add to each flag's help the value it takes when it is left out."""
+    for action in parser._actions:
+        toy, paper = ((COMMON | defaults[kind]).get(action.dest) for kind in ("toy", "paper"))
+        if toy not in (None, []) or paper not in (None, []):
+            action.help += f" [{toy}]" if toy == paper else f" [toy: {toy}, else: {paper}]"
+    return parser
+
+
+def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, paper=None) -> argparse.Namespace:
+    """Parse the flags and fill in the rest, so that every flag has a value; args.sources says where each came from.
+
+    `defaults`: {"toy": ..., "paper": ..., "fixed": flags a checkpoint cannot be read without}; of a value {shots: value}
+    the entry of the largest number of shots not above ours is meant. `paper(settings)` gives --paper's exceptions.
+    """
+    typed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if typed.get("resume") and "out_dir" not in typed:
+        raise UserError("--resume needs --out-dir: the folder of the run to go on with")
+    if bool(typed.get("eval_only")) != ("checkpoint" in typed):
+        raise UserError("--eval-only and --checkpoint RUN go together (to go on with training: --resume --out-dir RUN)")
+    settings = dict.fromkeys(vars(parser.parse_args([])))
+    stored, origin, fixed = {}, "", set()
+    if typed.get("eval_only"):
+        stored, origin = load_checkpoint(typed["checkpoint"], method)["settings"], "the checkpoint"
+        fixed = {"model", "pretrained", *defaults["fixed"]}
+    elif typed.get("resume"):
+        stored, origin, fixed = read_config(Path(typed["out_dir"]), method), "the resumed run", set(settings) - FREE
+    for key in fixed & set(typed) & set(stored):
+        if typed[key] != stored[key]:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{flag} {typed[key]}: {origin} has {stored[key]}; leave {flag} out")
+    stored = {k: v for k, v in stored.items() if v is not None and (k not in FREE or k == "data_root")}
+    dataset = (stored | typed).get("dataset", defaults["toy"]["dataset"])
+    kind = "toy" if dataset.startswith("toy_") else "paper"
+    layers = [(COMMON, "default"), (defaults[kind], f"{kind} default"), (stored, origin), (typed, "typed")]
+    sources = {key: source for layer, source in layers for key in layer}
+    for layer, _ in layers:
+        settings.update(layer)
+    settings["dataset"] = dataset
+    shots = math.inf if settings["shots"] == "all" else settings["shots"]
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            settings[key] = value[max(k for k in value if k <= shots)]
+    if settings["paper"] and paper:
+        exceptions = {key: value for key, value in paper(settings).items() if key not in stored | typed}
+        settings |= exceptions
+        sources |= dict.fromkeys(exceptions, "the paper's exception")
+    args = argparse.Namespace(**settings, sources=sources)
+    args.device = common.start_processes(args.device)
+    args.precision, why = choose_precision(args.precision, args.device)
+    args.sources |= {"precision": why} if why else {}
+    if args.memory_gb is None:  # WHY the total and not what is free: block sizes change the last bits of a result
+        cuda = torch.device(args.device).type == "cuda"
+        args.memory_gb = torch.cuda.get_device_properties(args.device).total_memory / 2e9 if cuda else 4.0
+    return args
+
+
+def choose_precision(precision: str, device: str) -> tuple[str, str]:
+    """(precision, why) of a --precision; the reason is empty where nothing was chosen."""
+    kind = torch.device(device).type
+    if kind == "cpu" and precision == "fp16":
+        raise UserError("--precision fp16 is for GPUs: use fp32 or bf16 on the CPU")
+    if precision != "auto":
+        return precision, ""
+    if kind != "cuda":
+        return "fp32", f"auto on {kind}"
+    return ("bf16", "auto: the GPU has it") if torch.cuda.is_bf16_supported(False) else ("fp16", "auto: no bf16 here")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. What every run does before and around training
+# ----------------------------------------------------------------------------------------------------------------------
+def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
+    """Load data and CLIP, and print what a reader needs to trust or repeat the numbers."""
+    task, clip = data.load_from_args(args), common.load_clip(args.model, args.pretrained, args.device)
+    clip.precision, clip.memory_gb = args.precision, args.memory_gb
+    for origin in dict.fromkeys(args.sources.values()):
+        keys = [key for key, source in args.sources.items() if source == origin and key != "sources"]
+        log(f"{origin}: " + ", ".join(f"{key.replace('_', '-')} {getattr(args, key)}" for key in keys))
+    log(f"model: {clip.name}, {clip.pretrained}, {clip.activation}, scale {clip.scale:.2f}, on {clip.device}")
+    names = f"{len(task.classnames)} classes, {len(task.train)} training images"
+    log(f"data: {task.name}, {names}, split {task.split[:12]}, template {task.template!r}")
+    for note in task.notes:
+        log(f"note: {note}")
+    return task, clip
+
+
+def training_views(args: argparse.Namespace, clip: Clip, items: list):
+    """A function epoch → unit features [N, D], labels [N]: one view, V cached views in turn, or a fresh one each time."""
+    transform, fresh = data.train_transform(clip.preprocess, args.augment), args.augment != "none" and args.views == 0
+
+    @functools.lru_cache(maxsize=1 if fresh else None)
+    def encode(view: int):
+        what = f"training images, view {view}"
+        x, labels = common.encode_images(clip, items, transform, args, view=view, keep=not fresh, what=what)
+        return F.normalize(x, dim=-1), labels
+
+    return lambda epoch: encode(epoch if fresh else 0 if args.augment == "none" else epoch % args.views)
+
+
+def encode_tests(args: argparse.Namespace, clip: Clip, task: data.Task) -> list[dict]:
+    """For each test set: {test, x: unit features [N, D], labels [N], zero_shot: logits [N, C]}."""
+    rows = []
+    for test in task.tests:
+        what = f"{args.test_part} images of {test.name}, {test.domain or test.classes}"
+        x, labels = common.encode_images(clip, test.items, clip.preprocess, args, what=what)
+        x, classifier = F.normalize(x, dim=-1), common.zero_shot_classifier(clip, test.classnames, test.template)
+        rows.append({"test": test, "x": x, "labels": labels, "zero_shot": clip.scale * x @ classifier.T})
+    return rows
+
+
+def validate(args: argparse.Namespace, clip: Clip, task: data.Task, logits_of) -> float:
+    """Accuracy (percent) of logits_of(unit features) on the validation part: for curves, it selects nothing."""
+    if not task.val:
+        raise UserError(f"--eval-every needs a validation part, and {task.name} has none")
+    x, labels = common.encode_images(clip, task.val, clip.preprocess, args, what="validation images")
+    return evaluate(logits_of(F.normalize(x, dim=-1)), labels)["accuracy"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The run folder
+# ----------------------------------------------------------------------------------------------------------------------
+def open_run(args: argparse.Namespace, method: str) -> Path:
+    """Make or find the run folder, write config.json. A finished or unfinished run is never overwritten."""
+    return Path(common.broadcast(make_folder(args, method) if common.rank() == 0 else None))
+
+
+def make_folder(args: argparse.Namespace, method: str) -> str:
+    if args.out_dir is None:
+        name = f"folder_{Path(args.dataset[7:]).resolve().name}" if args.dataset.startswith("folder:") else args.dataset
+        stem, k = f"{method}-{name}-{args.shots}shot-seed{args.seed}", 1
+        while args.out_dir is None:
+            out = Path("runs", stem if k == 1 else f"{stem}-{k}")
+            try:
+                out.mkdir(parents=True)
+                args.out_dir = str(out)
+            except FileExistsError:
+                k += 1
+    out = Path(args.out_dir)
+    if not args.resume and (out / "result.json").exists():
+        raise UserError(f"{out} holds a finished run: choose another --out-dir")
+    if not args.resume and (out / "config.json").exists():
+        raise UserError(f"{out} holds an unfinished run: add --resume to go on with it, or choose another --out-dir")
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.json").exists():
+        write_json(out / "config.json", {"method": method, "settings": settings_of(args)})
+    return args.out_dir
+
+
+def open_baseline(args: argparse.Namespace, out: Path, method: str, **plain) -> argparse.Namespace:
+    """The settings of the baseline run in OUT/baseline: those of `args` but for `plain`."""
+    changed = {"out_dir": str(out / "baseline"), "resume": True, "compare": False, **plain}
+    if args.eval_only:
+        changed["checkpoint"] = str(Path(args.checkpoint) / "baseline")
+    args = argparse.Namespace(**vars(args) | changed)
+    open_run(args, method)
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    return {key: value for key, value in vars(args).items() if key != "sources"}
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomic(path, json.dumps(content, indent=1).encode())
+
+
+def read_config(out: Path, method: str) -> dict:
+    """Settings of the run in `out`, {} where nothing was written yet; UserError if another method made it."""
+    if not (out / "config.json").exists():
+        return {}
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    if config["method"] != method:
+        raise UserError(f"{out} is a run of {config['method']}.py, not of {method}.py")
+    return config["settings"]
+
+
+def finished(out: str | Path | None) -> dict | None:
+    """result.json of a finished run folder, or None."""
+    path = Path(out or "", "result.json")
+    return json.loads(path.read_text(encoding="utf-8")) if out and path.exists() else None
+
+
+def save_checkpoint(out: Path, method: str, args, tensors: dict, epoch: int, optimizer=None) -> None:
+    """checkpoint.pt: learned tensors, settings and, while training goes on, the optimiser's state. No class count."""
+    state = {"method": method, "settings": settings_of(args), "epoch": epoch}
+    state["tensors"] = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.state_dict()
+    torch.save(state, buffer := io.BytesIO())
+    write_atomic(out / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
+    """The checkpoint of a run folder or file; nothing in it is executed. UserError if missing, foreign or not ours."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        owner, _ = state["method"], (state["settings"]["dataset"], state["epoch"], state["tensors"].items())
+    except Exception as error:  # any broken or foreign file
+        raise UserError(
+            f"{file} is no checkpoint of these scripts; tools/released.py converts the papers' own"
+        ) from error
+    if method and owner != method:
+        raise UserError(f"{file} was made by {owner}.py: {method}.py cannot read it")
+    return state
+
+
+def restore(module: torch.nn.Module, tensors: dict, where) -> None:
+    """Load learned tensors into `module`: all of them, each of the right shape, or UserError."""
+    have, want = ({k: list(v.shape) for k, v in state.items()} for state in (tensors, module.state_dict()))
+    if have != want:
+        raise UserError(f"{where} holds tensors {have}; this model and these flags need {want}")
+    module.load_state_dict(tensors)
+
+
+def resume(out: Path, method: str, module: torch.nn.Module, optimizer) -> int:
+    """Put the folder's checkpoint, if there is one, into module and optimiser → the epoch to go on with."""
+    if not (out / "checkpoint.pt").exists():
+        return 0
+    state = load_checkpoint(out, method)
+    restore(module, state["tensors"], out)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    log(f"{out}: going on after epoch {state['epoch']}")
+    return state["epoch"]
+
+
+def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module, optimizer, line: dict) -> None:
+    """Write the epoch's line to metrics.jsonl, and a checkpoint if one is due: after --checkpoint-seconds, and at the end."""
+    path = out / "metrics.jsonl"
+    lines = (
+        path.read_text(encoding="utf-8").splitlines()[:epoch] if path.exists() else []
+    )  # drops an interrupted epoch's
+    write_atomic(path, "".join(text + "\n" for text in [*lines, json.dumps({"epoch": epoch, **line})]).encode())
+    last = out / "checkpoint.pt" if (out / "checkpoint.pt").exists() else out / "config.json"
+    if epoch + 1 == args.epochs or time.time() - last.stat().st_mtime >= args.checkpoint_seconds:
+        save_checkpoint(out, method, args, module.state_dict(), epoch + 1, optimizer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Results
+# ----------------------------------------------------------------------------------------------------------------------
+def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows: list[dict], seconds: dict) -> dict:
+    """predictions.npz, then result.json → the result. A row is what encode_tests gave, and: tuned logits [N, C], baseline
+    (its M = {accuracy, nll, ece}, or None), extra (a dict of Ms and numbers), arrays (per-image arrays to store)."""
+    tests, arrays = [], {}
+    for i, row in enumerate(rows):
+        test, m = row["test"], {key: evaluate(row[key], row["labels"]) for key in ("zero_shot", "tuned")}
+        entry = {"dataset": test.name, "classes": test.classes, "domain": test.domain, "n": len(row["labels"])}
+        extra = {"baseline": row.get("baseline"), "extra": row.get("extra", {})}
+        tests.append(entry | {"template": test.template} | m | extra)
+        stored = (
+            {key: row[key].float().softmax(dim=-1) for key in m} | {"labels": row["labels"]} | row.get("arrays", {})
+        )
+        arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in stored.items()}
+    np.savez_compressed(buffer := io.BytesIO(), **arrays)
+    write_atomic(out / "predictions.npz", buffer.getvalue())
+    result = {"schema": 1, "method": method} | {k: getattr(args, k) for k in ("dataset", "shots", "seed", "classes")}
+    result |= {"model": clip.name, "pretrained": clip.pretrained, "split": task.split}
+    result["protocol"] = {"template": task.template, "transform": args.augment, "n_train": len(task.train),
+                          "checkpoint": "last step", "tests": args.test_part, "precision": clip.precision,
+                          "activation": clip.activation}  # fmt: skip
+    result |= {"tests": tests, "harmonic_mean": harmonic_means(tests)}
+    result |= {"seconds": {k: round(v, 2) for k, v in seconds.items()}, "peak_memory_mb": peak_memory_mb(args.device)}
+    result |= {"settings": settings_of(args), "versions": common.versions(), "commit": commit(), "warnings": task.notes}
+    write_json(out / "result.json", result)
+    return result
+
+
+def harmonic_means(tests: list[dict]) -> dict | None:
+    """H of base and new accuracy, or of in-distribution accuracy and the mean over the other domains; None if neither."""
+    first = tests[0]
+    others, of = [t for t in tests[1:] if t["domain"] is not None], "ID/mean OOD"
+    if first["classes"] == "base":
+        others, of = [t for t in tests if t["classes"] == "new" and t["dataset"] == first["dataset"]][:1], "base/new"
+    if not others:
+        return None
+    means = {"of": of}
+    for key in ("zero_shot", "tuned", "baseline"):
+        rest = [t[key]["accuracy"] for t in others if t[key]]
+        means[key] = harmonic_mean(first[key]["accuracy"], sum(rest) / len(rest)) if first[key] else None
+    return means
+
+
+def report(result: dict, out: Path, baseline: str, method: str) -> None:
+    """Print the run's one table: accuracy, NLL and ECE of zero-shot, baseline and method on every test set, and H."""
+    names = {"zero_shot": "zero-shot", "baseline": baseline, "tuned": method}
+    keys = [key for key in names if result["tests"][0][key]]
+    rows = [["", "images", "", *(names[key] for key in keys)]]
+    for test in result["tests"]:
+        same = test["dataset"] == result["dataset"]
+        head = [test["domain"] or test["classes"] if same else test["dataset"], str(test["n"])]
+        for metric, text, digits in (("accuracy", "accuracy %", 1), ("nll", "NLL nats", 3), ("ece", "ECE %", 1)):
+            rows.append([*head, text, *(f"{test[key][metric]:.{digits}f}" for key in keys)])
+            head = ["", ""]
+    if h := result["harmonic_mean"]:
+        rows.append(["H", "", f"of {h['of']}", *(f"{h[key]:.1f}" for key in keys)])
+    print_aligned(rows)
+    if result["dataset"].startswith("toy_"):
+        log("This task was chosen by zero-shot accuracy alone, before any method was run; README has the table of all.")
+    log(f"written to {out}")
+
+
+def print_aligned(rows: list[list[str]]) -> None:
+    """A small table: first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        log("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def peak_memory_mb(device: str) -> float | None:
+    """Peak memory of this process, in MiB: allocated on a GPU, resident elsewhere; None where the system cannot tell."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def commit() -> str:
+    """The repository's commit, with + if files differ from it; empty without git."""
+    call = ["git", "-C", str(common.HERE), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def zero_shot_table(argv: list[str] | None = None) -> dict:
+    """`python common.py`: accuracy, NLL and ECE of zero-shot CLIP on all, base and new classes of a dataset."""
+    defaults = {"toy": {"dataset": "toy_scenes_dark", "model": "toyclip"}, "fixed": set()}
+    defaults["paper"] = {"model": "RN50", "pretrained": "openai"}
+    args = settle(with_defaults(new_parser(common.__doc__), defaults), argv, "zero_shot", defaults)
+    args.shots = "all"
+    task, clip = prepare(args)
+    rows, result = [["", "images", "accuracy %", "NLL nats", "ECE %"]], {}
+    for classes in ("all", "base"):
+        args.classes, wanted = classes, {"all"} if classes == "all" else {"base", "new"}
+        for row in encode_tests(args, clip, data.load_from_args(args)):
+            if row["test"].classes in wanted:
+                m, name = evaluate(row["zero_shot"], row["labels"]), row["test"].domain or row["test"].name
+                result[f"{name} {row['test'].classes}"] = m
+                cells = [f"{m['accuracy']:.1f}", f"{m['nll']:.3f}", f"{m['ece']:.1f}"]
+                rows.append([f"{name}, {row['test'].classes}", str(len(row["labels"])), *cells])
+    print_aligned(rows)
+    return result
+
+
+def run(main) -> None:
+    """Run a script's main. A traceback is never shown: one line on stderr, and the status 2 (yours to mend), 1 or 130."""
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        status, text = 130, "interrupted; the same command with --resume --out-dir and the run's folder goes on"
+    except UserError as error:
+        status, text = 2, str(error)
+    except FloatingPointError as error:
+        status, text = 1, str(error)
+    except torch.OutOfMemoryError:
+        status, text = 1, "out of GPU memory: try a smaller --memory-gb or --batch-size"
+    except OSError as error:
+        status, text = 1, f"{error.strerror or error}: {error.filename or 'while writing'}"
+    print(f"error: {text}", file=sys.stderr)
+    raise SystemExit(status)
