@@ -1,20 +1,21 @@
 """ProGrad: prompt-aligned gradient for prompt tuning (Zhu et al., ICCV 2023, arXiv 2205.14865).
 
-The idea. CLIP classifies an image by comparing it with the text features of "a photo of a CLASS.". Prompt tuning (CoOp)
-replaces the words before CLASS by M learned vectors, trained on a few labelled images while CLIP itself stays frozen.
-With few images the vectors soon fit what is particular to these images, and forget what CLIP knew: classes that were not
-trained on get worse. ProGrad asks at every step what the hand-written prompt would have wanted. Let g_d be the gradient of
-the label loss, and g_g the gradient of the distance to the zero-shot prediction. If they agree (a step down the one also
-goes down the other), g_d is used as it is. If they conflict, the part of g_d that undoes g_g is removed first.
+The idea. CLIP classifies an image by comparing it with the text features of "a photo of a CLASS.". Prompt tuning
+(CoOp) replaces the words before CLASS by M learned vectors, trained on a few labelled images while CLIP stays frozen.
+With few images the vectors soon fit what is particular to these images, and forget what CLIP knew: classes that were
+not trained on get worse. ProGrad asks at every step what the hand-written prompt would have wanted. Let g_d be the
+gradient of the label loss, and g_g the gradient of the distance to the zero-shot prediction. If they agree (a step
+down the one also goes down the other), g_d is used as it is. If they conflict, the part of g_d that undoes g_g is
+removed first.
 
 Equations (the numbers are this file's own: the paper could not be read in full)
-    Eq. 1   p(c | x) = softmax over c of s cos(f(x), t_c),   t_c = T([SOS, v_1 .. v_M, name_c, ".", EOT])   prompted CLIP
-    Eq. 2   L_ce = mean over the batch of -log p(y | x)                                                     label loss
-    Eq. 3   L_kl = mean of -T^2 sum_c p_zs(c | x) log p(c | x), both at temperature T                       zero-shot loss
-    Eq. 4   g_d = dL_ce/dv,   g_g = dL_kl/dv                                                                both gradients
-    Eq. 5   g = g_d                                      if <g_d, g_g> >= 0                                 they agree
-            g = g_d - λ (<g_d, g_g> / |g_g|^2) g_g       if <g_d, g_g> < 0                                  they conflict
-    Eq. 6   v <- SGD(v, g), with momentum and weight decay after the projection                             the step
+    Eq. 1   p(c | x) = softmax over c of s cos(f(x), t_c),   t_c = T([SOS, v_1 .. v_M, name_c, ".", EOT])
+    Eq. 2   L_ce = mean over the batch of -log p(y | x)                                       the label's loss
+    Eq. 3   L_kl = mean of -T^2 sum_c p_zs(c | x) log p(c | x), both at temperature T         zero-shot CLIP's loss
+    Eq. 4   g_d = dL_ce/dv,   g_g = dL_kl/dv                                                  from one forward pass
+    Eq. 5   g = g_d                                      if <g_d, g_g> >= 0                   they agree
+            g = g_d - λ (<g_d, g_g> / |g_g|^2) g_g       if <g_d, g_g> < 0                    they conflict
+    Eq. 6   v <- SGD(v, g), with momentum and weight decay after the projection
 
     paper        here                      shape                          flag
     v            PromptLearner.context     [M, W], with --csc [C, M, W]   --n-ctx --init --csc --class-position
@@ -24,17 +25,18 @@ Equations (the numbers are this file's own: the paper could not be read in full)
     T            T                         a number                       --temperature
     s, f, T(.)   clip.scale, encode_image, encode_prompts                 --model --pretrained
 
-Frozen: both towers of CLIP. Learned: the M context vectors, nothing else. Why it helps: g has no component against g_g, so
-to first order the label loss falls without moving away from zero-shot CLIP. When it does not help: where zero-shot CLIP is
-wrong in a systematic way (a new kind of image), moving away from it is just what learning would need.
+Frozen: both towers of CLIP. Learned: the M context vectors, nothing else. Why it helps: g has no component against
+g_g, so to first order the label loss falls without moving away from zero-shot CLIP. When it does not help: where
+zero-shot CLIP is wrong in a systematic way (a new kind of image), moving away from it is just what learning needs.
 
-PAPER vs CODE (the paper as others restate it; the code is github.com/BeierZhu/Prompt-align at 1b76203, which we follow)
- 1. λ: the paper has 1, and 0.8 at 16 shots; the code's README 0.8 at 8 and 16 shots on Flowers102, DTD, EuroSAT (--paper).
- 2. Context length: the paper has M = 16 for few-shot and 4 for its other protocols; the code's scripts have 16 everywhere.
- 3. Start: the code puts the template's words into the last of the M slots and zero vectors before; its CoOp baseline starts
-    at random, a confound. Here --init sets the start of both, so that --lam 0 differs from ProGrad by λ alone.
- 4. The code counts the template's words, we its tokens: of a template with a comma ("a type of pet, a photo of a") the code
-    leaves the last token outside the context. A test rebuilds that recording by hand; no flag does.
+PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Prompt-align at 1b76203, is followed)
+ 1. λ: the paper has 1, and 0.8 at 16 shots; the code's README 0.8 at 8 and 16 shots on Flowers102, DTD and EuroSAT,
+    which --paper applies.
+ 2. Context length: the paper has M = 16 for few-shot, 4 for its other protocols; the code's scripts have 16 everywhere.
+ 3. Start: the code puts the template's words into the last of the M slots and zero vectors before; its CoOp baseline
+    starts at random, a confound. Here --init sets the start of both: --lam 0 differs from ProGrad by λ alone.
+ 4. The code counts the template's words, we its tokens: of a template with a comma ("a type of pet, a photo of a") the
+    code leaves the last token outside the context. A test rebuilds that recording by hand; no flag does.
  5. L_kl in the code is Eq. 3, which is KL(p_zs | p) and the teacher's entropy; the gradient is the same.
  6. The code projects each parameter tensor by itself. There is one, the context, also with --csc.
  7. At g_g = 0 the code divides by zero. Here g = g_d.
