@@ -41,9 +41,9 @@ PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Pr
  6. The code projects each parameter tensor by itself. There is one, the context, also with --csc.
  7. At g_g = 0 the code divides by zero. Here g = g_d.
 
-    python prograd.py                                                        # toy world, toy CLIP, a laptop: under a minute
-    python prograd.py --dataset oxford_pets --shots 16 --seed 1 --paper      # the paper's few-shot run on RN50
-    python prograd.py --dataset dtd --classes base --shots 4                 # base-to-new
+    python prograd.py                                                # toy world and toy CLIP, under a minute on a laptop
+    python prograd.py --dataset oxford_pets --shots 16 --paper      # the paper's few-shot protocol, RN50
+    python prograd.py --dataset dtd --classes base --shots 4 --paper # base-to-new
     python prograd.py --dataset folder:my_photos --model ViT-B-16 --pretrained openai
 """
 
@@ -65,7 +65,7 @@ from data import UserError
 # 1. METHOD: the functions that are the paper. Tensors and numbers in, tensors out; paste this section anywhere.
 # ----------------------------------------------------------------------------------------------------------------------
 def project_gradient(g_d: torch.Tensor, g_g: torch.Tensor, lam: float = 1.0) -> torch.Tensor:
-    """Remove from the label gradient g_d the component that conflicts with g_g (Eq. 5). Any equal shapes; same shape out.
+    """Remove from the label gradient g_d the component that conflicts with g_g (Eq. 5). All of one shape, any shape.
 
     One inner product over the whole tensor. g_g = 0 and "no conflict" both give g_d; λ = 1 leaves g orthogonal to g_g.
     WHY gradients of several workers must not be projected one by one and then averaged: the projection is not linear, and the mean
