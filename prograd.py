@@ -41,13 +41,14 @@ PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Pr
  6. The code projects each parameter tensor by itself. There is one, the context, also with --csc.
  7. At g_g = 0 the code divides by zero. Here g = g_d.
 
-    python prograd.py                                                # toy world and toy CLIP, under a minute on a laptop
+    python prograd.py                                                # toy world and toy CLIP: a minute on a laptop
     python prograd.py --dataset oxford_pets --shots 16 --paper      # the paper's few-shot protocol, RN50
     python prograd.py --dataset dtd --classes base --shots 4 --paper # base-to-new
     python prograd.py --dataset folder:my_photos --model ViT-B-16 --pretrained openai
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def project_gradient(g_d: torch.Tensor, g_g: torch.Tensor, lam: float = 1.0) -> 
     """Remove from the label gradient g_d the component that conflicts with g_g (Eq. 5). All of one shape, any shape.
 
     One inner product over the whole tensor. g_g = 0 and "no conflict" both give g_d; λ = 1 leaves g orthogonal to g_g.
-    WHY gradients of several workers must not be projected one by one and then averaged: the projection is not linear, and the mean
+    WHY workers must not project their own gradients and average the results: the projection is not linear, and a mean
     of projected gradients can conflict with the mean g_g. Average g_d and g_g first, then project.
     """
     dot, norm2 = (g_d * g_g).sum(), (g_g * g_g).sum()
@@ -94,9 +95,9 @@ def distillation_loss(logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 
 # 2. MODEL: M vectors in front of (or behind) the class name
 # ----------------------------------------------------------------------------------------------------------------------
 class PromptLearner(torch.nn.Module):
-    """The learned context. Holds no class: `forward` takes the tokenised names, so a trained prompt reads any class list.
+    """The learned context. It holds no class: `forward` takes tokenised names, so a trained prompt reads any classes.
 
-    context [M, W] shared by all classes, or [C, M, W], one for each class (--csc). `position`: "end" = context before the name.
+    context [M, W] shared by all classes, or [C, M, W], one for each (--csc). `position`: of the name, "end" or "front".
     """
 
     def __init__(self, clip: Clip, context: torch.Tensor, position: str = "end"):
@@ -108,7 +109,7 @@ class PromptLearner(torch.nn.Module):
         self.context = torch.nn.Parameter(context.clone())
 
     def forward(self, names: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """names = name_tokens(clip, classnames): suffix [C, S, W] and eot [C] → text features [C, D], unnormalised (Eq. 1)."""
+        """names = name_tokens(clip, classnames, M): suffix [C, S, W], eot [C] → text features [C, D], unnormalised."""
         (suffix, eot), context, prefix = names, self.context, common.start_of_text(self.clip)
         if self.position == "end" and context.dim() == 2:  # the usual case: [SOS, context] is the same for all classes
             return common.encode_prompts(self.clip, torch.cat([prefix, context[None]], dim=1), suffix, eot)[0]
@@ -125,7 +126,7 @@ class PromptLearner(torch.nn.Module):
 
 
 def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int, n_classes: int = 0) -> torch.Tensor:
-    """[M, W], or [C, M, W] for n_classes > 0: the tokens before "{}" in the last slots and zeros before, or N(0, 0.02²)."""
+    """[M, W] ([C, M, W] if n_classes > 0): the template's tokens in the last slots and zeros before; or N(0, 0.02²)."""
     shape = (n_classes, n_ctx, clip.width) if n_classes else (n_ctx, clip.width)
     if init == "random":
         draw = 0.02 * torch.randn(shape, generator=common.generator(seed, "context"))
@@ -141,14 +142,14 @@ def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int,
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. FLAGS
 # ----------------------------------------------------------------------------------------------------------------------
-METHOD = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature": 1.0, "n_ctx": 16, "init": "template", "csc": False,
-          "class_position": "end", "batch_size": 32, "momentum": 0.9, "weight_decay": 5e-4}  # fmt: skip
+METHOD = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature": 1.0, "n_ctx": 16, "init": "template",
+          "csc": False, "class_position": "end", "batch_size": 32, "momentum": 0.9, "weight_decay": 5e-4}  # fmt: skip
 DEFAULTS = {
-    # WHY another rate and length on toy data: toyclip's logit scale is about 19 and not CLIP's 100, so gradients are smaller.
-    "toy": METHOD | {"dataset": "toy_scenes_dark", "classes": "base", "model": "toyclip", "lr": 0.02, "epochs": 30, "augment": "none",
-                     "views": 1, "compare": True},
-    "paper": METHOD | {"classes": "all", "model": "RN50", "pretrained": "openai", "lr": 0.002, "augment": "crop", "views": 0,
-                       "compare": False, "epochs": {1: 50, 2: 100, 8: 200}},
+    # WHY another rate and length on toy data: toyclip's logit scale is far below CLIP's 100, so gradients are smaller.
+    "toy": METHOD | {"dataset": "toy_scenes_dark", "classes": "base", "model": "toyclip", "lr": 0.02, "epochs": 30,
+                     "augment": "none", "views": 1, "compare": True},
+    "paper": METHOD | {"classes": "all", "model": "RN50", "pretrained": "openai", "lr": 0.002, "augment": "crop",
+                       "views": 0, "compare": False, "epochs": {1: 50, 2: 100, 8: 200}},
     "fixed": {"n_ctx", "csc", "class_position"},  # a checkpoint cannot be read with other values of these
 }  # fmt: skip
 
@@ -183,17 +184,15 @@ def build_parser() -> argparse.ArgumentParser:
 # 4. TRAIN
 # ----------------------------------------------------------------------------------------------------------------------
 def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
-    """Tune the context on task.train; views(epoch) → unit image features [N, D] and labels [N]. Resumes from out/checkpoint.pt."""
+    """Tune the context; views(epoch) → unit image features [N, D] and labels [N]. Goes on from out/checkpoint.pt."""
     names = common.name_tokens(clip, task.classnames, args.n_ctx)
-    start = initial_context(
-        clip, task.teacher_template, args.n_ctx, args.init, args.seed, args.csc * len(task.classnames)
-    )
+    n_classes = len(task.classnames) if args.csc else 0
+    start = initial_context(clip, task.teacher_template, args.n_ctx, args.init, args.seed, n_classes)
     learner = PromptLearner(clip, start, args.class_position)
     templates = task.teacher_template if args.teacher == "template" else task.ensemble
     teacher = common.zero_shot_classifier(clip, task.classnames, templates)  # [C, D]
-    optimizer = torch.optim.SGD(
-        learner.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
+    hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
+    optimizer = torch.optim.SGD(learner.parameters(), **hyper)
     first = runs.resume(out, "prograd", learner, optimizer)
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
@@ -208,10 +207,8 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
             # Eq. 1: logits = s · cos(f(x), t)
             logits, zs_logits = clip.scale * x[batch] @ text.T, clip.scale * x[batch] @ teacher.T  # [B, C]
             # Eq. 2, Eq. 3
-            loss_ce, loss_kl = (
-                F.cross_entropy(logits, labels[batch]),
-                distillation_loss(logits, zs_logits, args.temperature),
-            )
+            loss_ce = F.cross_entropy(logits, labels[batch])
+            loss_kl = distillation_loss(logits, zs_logits, args.temperature)
             # Eq. 4: two gradients from one forward pass
             (g_d,) = torch.autograd.grad(loss_ce, learner.context, retain_graph=True)
             (g_g,) = torch.autograd.grad(loss_kl, learner.context)
@@ -226,9 +223,8 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
         loss_ce, loss_kl, cosine, projected = torch.stack(seen).mean(dim=0).tolist()
         line = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine, "projected": projected}
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
-            line["val_accuracy"] = runs.validate(
-                args, clip, task, lambda x: class_logits(learner, clip, task.classnames, x)
-            )
+            logits_of = functools.partial(class_logits, learner, clip, task.classnames)
+            line["val_accuracy"] = runs.validate(args, clip, task, logits_of)
         runs.end_epoch(args, out, "prograd", epoch, learner, optimizer, line)
     return learner
 
@@ -238,7 +234,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def class_logits(learner: PromptLearner, clip: Clip, classnames: list[str], x: torch.Tensor) -> torch.Tensor:
-    """Logits [N, C] of unit image features x [N, D] among any class names: the trained context reads them like any text."""
+    """Logits [N, C] of unit image features x [N, D] among any class names."""
     with common.autocast(clip):
         text = learner(common.name_tokens(clip, classnames, learner.context.shape[-2]))
     return clip.scale * x @ F.normalize(text.float(), dim=-1).T
@@ -246,17 +242,13 @@ def class_logits(learner: PromptLearner, clip: Clip, classnames: list[str], x: t
 
 def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, baseline: dict | None = None) -> dict:
     """Train (or read args.checkpoint), evaluate on every test set once, write the run folder, return its result."""
-    if (out / "result.json").exists():  # --resume of a finished run, or of a run whose baseline is finished
-        return runs.read_result(out)
+    if result := runs.finished(out):  # a resumed run whose baseline is finished
+        return result
     start = time.time()
-    if args.eval_only:
-        learner = read_learner(args.checkpoint, clip)
-    else:
-        learner = train(args, clip, task, views, out)
-    trained = time.time()
+    learner = read_learner(args.checkpoint, clip) if args.eval_only else train(args, clip, task, views, out)
+    trained, rows = time.time(), []
     if common.rank() > 0:
         return {}
-    rows = []
     for i, test in enumerate(tests):
         tuned = class_logits(learner, clip, test["test"].classnames, test["x"])
         rows.append(test | {"tuned": tuned, "baseline": baseline and baseline["tests"][i]["tuned"]})
@@ -266,32 +258,32 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
 
 
 def read_learner(path: str, clip: Clip) -> PromptLearner:
-    """The trained prompt of a run folder, ready for any class names. Used by --eval-only and by tools/use.py."""
+    """The trained prompt of a run folder or checkpoint, ready for any class names."""
     state = runs.load_checkpoint(path, "prograd")
-    learner = PromptLearner(clip, state["tensors"]["context"].to(clip.device), state["settings"]["class_position"])
-    return learner
+    return PromptLearner(clip, state["tensors"]["context"].to(clip.device), state["settings"]["class_position"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. MAIN
 # ----------------------------------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> dict:
-    """Run the script with these flags and return what result.json holds."""
+    """Run the script with these flags; returns what result.json holds."""
     args = runs.settle(build_parser(), argv, "prograd", DEFAULTS, paper_exceptions)
     if args.csc and (args.classes == "base" or args.test_on):
-        raise UserError(
-            "--csc learns one context for each training class: it has none for new classes; leave out --classes base and --test-on"
-        )
+        raise UserError("--csc has no context for classes outside training: leave out --classes base and --test-on")
+    if result := args.resume and runs.finished(args.out_dir):
+        runs.report(result, args.out_dir, "CoOp", "ProGrad")
+        return result
     task, clip = runs.prepare(args)
     out = runs.open_run(args, "prograd")
-    views = runs.training_views(args, clip, task.train)
-    tests = runs.encode_tests(args, clip, task)
+    views, tests = runs.training_views(args, clip, task.train), runs.encode_tests(args, clip, task)
     baseline = None
-    if args.compare and args.lam != 0:
-        plain = argparse.Namespace(**vars(args) | {"lam": 0.0, "compare": False})
-        baseline = fit(plain, clip, task, views, tests, runs.baseline_folder(args, plain, out, "prograd"))
+    if args.compare and args.lam != 0:  # the same start, batches and rate; λ = 0 is CoOp
+        plain = runs.open_baseline(args, out, "prograd", lam=0.0)
+        baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir))
     result = fit(args, clip, task, views, tests, out, baseline)
-    runs.report(args, result, "CoOp", "ProGrad" if args.lam else "CoOp")
+    if result:
+        runs.report(result, out, "CoOp", "ProGrad" if args.lam else "CoOp")
     return result
 
 
