@@ -1,0 +1,199 @@
+"""Replay of everything recorded from the released implementations (tests/golden/README.md explains each array).
+
+Every file of the folder is walked, and every key must be touched by the replay or named in a SKIP table with a reason.
+GOLDEN_DIR=/path pytest tests/test_golden.py replays other recordings of the same format.
+"""
+
+import importlib
+import importlib.util
+import json
+import random
+import shutil
+from fnmatch import fnmatch
+
+import golden_world
+import numpy as np
+import pytest
+import torch
+from golden_world import FOLDER, GoldenWorld, close, world
+
+import common
+import data
+import prograd
+
+SKIP_FILES = {"README.md": "prose"}
+SKIP = {  # keys of the shared files; each method's helper has its own table
+    "oddities_prograd.json:prograd_class_token_middle": "a crash of the released code: prograd.py has no such position",
+    "oddities_prograd.json:prograd_csc_with_ctx_init_ctx_shape": "released: CTX_INIT switches --csc off; not ours",
+    "oddities_prograd.json:prograd_pets_nctx4": "an assertion of the released code: ours counts tokens",
+    "oddities_prograd.json:prograd_amp": "a crash of the released code in mixed precision",
+    "oddities_prograd.json:prograd_zero_*_grad": "released code at g = 0: ours is prograd.py's PAPER vs CODE 7",
+    "oddities_prograd.json:prograd_modes_after_set_*": "train/eval flags of the released modules; ours is always eval",
+    "oddities_prograd.json:state_dict_keys": "names in the released checkpoints: a matter of tools/released.py",
+    "oddities_vpt.json:coco*": "crashes and shapes of the released code at batch sizes that ours does not share",
+    "oddities_vpt.json:config_*": "a broken configuration file of the released code",
+    "oddities_vpt.json:bad_vpt_type": "an error message of the released code",
+    "oddities_vpt.json:state_dict_*": "names in the released checkpoints: a matter of tools/released.py",
+    "oddities_vpt.json:coop_eval_*": "how far the released evaluation varies from one draw of noise to the next",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The walker
+# ----------------------------------------------------------------------------------------------------------------------
+def helpers() -> list:
+    """The methods' replays that exist, and this file's own for what all recordings share."""
+    names = [f"golden_{method}" for method in ("prograd", "vpt", "proreg")]
+    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)] + [Shared]
+
+
+def walk(name: str, golden: GoldenWorld) -> None:
+    """Replay one file and fail on what stayed untouched."""
+    path = golden.folder / name
+    if name in SKIP_FILES:
+        return
+    for helper in helpers():
+        patterns = (helper.PATTERN,) if isinstance(helper.PATTERN, str) else helper.PATTERN
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            recording = golden_world.Recording(path)
+            helper.replay(name, recording, golden)
+            left = recording.untouched(helper.SKIP)
+            assert not left, f"{name}: neither compared nor skipped with a reason: {', '.join(left)}"
+            return
+    method = name.split("_")[0].split(".")[0]
+    if method in ("vpt", "proreg") and not importlib.util.find_spec(f"golden_{method}"):
+        pytest.skip(f"tests/golden_{method}.py is not written yet")
+    raise AssertionError(f"no test reads {name}")
+
+
+def files(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", files(FOLDER))
+def test_recording(name):
+    walk(name, world(FOLDER))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. What all recordings share: weights, images, class names, the few-shot draw, the schedule
+# ----------------------------------------------------------------------------------------------------------------------
+class Shared:
+    PATTERN = (
+        "weights_*.npz",
+        "images.npz",
+        "classnames.json",
+        "fewshot.json",
+        "fewshot_split.json",
+        "oddities_*.json",
+    )
+    SKIP = SKIP
+
+    @staticmethod
+    def replay(name: str, g, golden: GoldenWorld) -> None:
+        kind = name.split(".")[0].split("_")[0]
+        getattr(Shared, kind)(name, g, golden)
+
+    @staticmethod
+    def weights(name, g, golden):
+        """The loaded model holds every recorded tensor, and nothing that was not recorded."""
+        model = (golden.clip_rn() if "_rn_" in name else golden.clip()).model
+        state, only = model.state_dict(), "visual." if "_rn_" in name else ""
+        assert {key for key in state if key.startswith(only)} == set(g.keys())
+        for key in g.keys():
+            assert torch.equal(state[key], g[key]), key
+
+    @staticmethod
+    def images(name, g, golden):
+        """Each stack of images fits the tower of its size."""
+        for clip in (golden.clip(), golden.clip_rn()):
+            size = clip.model.visual.image_size
+            size = size if isinstance(size, int) else size[0]
+            images = g[f"images{size}"]
+            assert images.shape[2:] == (3, size, size) and images.isfinite().all()
+
+    @staticmethod
+    def classnames(name, g, golden):
+        """Every name fits in the context, and becomes tokens of its own."""
+        names = g[""]
+        suffix, eot = common.name_tokens(golden.clip(), names)
+        assert len(suffix) == len(eot) == len(names) == len(set(names))
+
+    @staticmethod
+    def fewshot(name, g, golden):
+        """CoOp's draw, item for item and in its order; base and new classes are cut out after the draw."""
+        split = golden.json("fewshot_split.json")
+        if name == "fewshot_split.json":  # the input; what is compared is fewshot.json
+            assert all(isinstance(label, int) for part in g.keys() for _, label, _ in g[part])
+            return
+        items = {part: [(path, label) for path, label, _ in entries] for part, entries in split.items()}
+        names = {label: text for entries in split.values() for _, label, text in entries}
+        C, half = len(names), -(-len(names) // 2)
+        labels = {"all": range(C), "base": range(half), "new": range(half, C)}
+        for key in g.keys():
+            shots, seed, classes = key.split("_")
+            state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+            train, val = data.fewshot(items["train"], items["val"], int(shots[5:]), int(seed[4:]))
+            assert state[0] == random.getstate() and state[1] == np.random.get_state()[1].tolist()
+            assert torch.equal(state[2], torch.get_rng_state())  # no global generator is touched
+            kept = [names[label] for label in labels[classes]]
+            for part, drawn in (("train", train), ("val", val), ("test", items["test"])):
+                ours = [[path, label, kept[label]] for path, label in data.keep_labels(drawn, labels[classes])]
+                assert ours == g[key][part], (key, part)
+            # A class that the draw leaves out keeps its label: with all of a half's classes these say the same.
+            assert g[key]["classnames"] == kept and g[key]["num_classes"] == len(kept)
+            assert g[key]["lab2cname"] == {str(i): text for i, text in enumerate(kept)}
+
+    @staticmethod
+    def oddities(name, g, golden):
+        for key in g.keys():
+            if key.startswith("lr_per_epoch_E"):
+                rates, epochs = g[key], int(key.removeprefix("lr_per_epoch_E"))
+                assert len(rates) == epochs
+                close([common.warmup_cosine(e, epochs, rates[1]) for e in range(epochs)], rates, 1e-12, key)
+            if key == "optimizer_defaults":
+                ours = prograd.METHOD | {"dampening": 0, "nesterov": False}
+                recorded = g[key]
+                for setting in ("momentum", "weight_decay", "dampening", "nesterov"):
+                    assert recorded[setting] == ours[setting]
+            if key == "n_optim_params":
+                clip = golden.clip()
+                learner = prograd.PromptLearner(clip, torch.zeros(4, clip.width))
+                assert len(list(learner.parameters())) == g[key]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Tests of the walker itself
+# ----------------------------------------------------------------------------------------------------------------------
+def doctored(tmp_path, *names: str) -> GoldenWorld:
+    """A copy of the shared files and of `names`, to be changed."""
+    shared = ("classnames.json", "images.npz", "weights_tiny_openai.npz", "weights_tiny_rn_visual_openai.npz")
+    for name in {*shared, *names}:
+        shutil.copy(FOLDER / name, tmp_path / name)
+    return GoldenWorld(tmp_path)
+
+
+def test_untouched_key_fails(tmp_path):
+    golden = doctored(tmp_path, "oddities_prograd.json")
+    walk("oddities_prograd.json", golden)
+    content = golden.json("oddities_prograd.json") | {"a_new_key": 1}
+    (tmp_path / "oddities_prograd.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(AssertionError, match="a_new_key"):
+        walk("oddities_prograd.json", golden)
+
+
+def test_unknown_file_fails(tmp_path):
+    golden = doctored(tmp_path)
+    np.savez(tmp_path / "fourth_method.npz", loss=np.zeros(3))
+    with pytest.raises(AssertionError, match="no test reads fourth_method.npz"):
+        walk("fourth_method.npz", golden)
+
+
+def test_changed_number_fails(tmp_path):
+    golden = doctored(tmp_path, "oddities_prograd.json")
+    content = golden.json("oddities_prograd.json")
+    key = next(key for key in content if key.startswith("lr_per_epoch"))
+    content[key][-1] *= 1.001
+    (tmp_path / "oddities_prograd.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(AssertionError, match=key):
+        walk("oddities_prograd.json", golden)
