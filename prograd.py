@@ -114,7 +114,10 @@ class PromptLearner(torch.nn.Module):
         if self.position == "end" and context.dim() == 2:  # the usual case: [SOS, context] is the same for all classes
             return common.encode_prompts(self.clip, torch.cat([prefix, context[None]], dim=1), suffix, eot)[0]
         C, S, M = *suffix.shape[:2], context.shape[-2]
-        at = torch.zeros_like(eot) if self.position == "end" else eot - 1  # "front": [SOS, name, context, ".", EOT]
+        at = torch.zeros_like(eot)
+        if self.position == "front":  # [SOS, name, context, ".", EOT]; a "." that BPE fused with the name stays there
+            stop = common.embed(self.clip, [self.clip.tokenizer.encode(".")])[0][0]  # [1, W]
+            at = eot - (suffix[torch.arange(C), eot - 1] == stop).all(dim=-1).long()
         slot = (
             torch.arange(S + M, device=eot.device).expand(C, -1) - at[:, None]
         )  # [C, S + M], 0 at the context's first slot
