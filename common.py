@@ -6,6 +6,7 @@ tokens, P prefix tokens (SOS + context), S suffix tokens (class name, ".", EOT),
     python common.py --dataset toy_scenes_dark --model toyclip      # the zero-shot table of a dataset
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -33,6 +34,7 @@ import data
 from data import UserError, draw_seed
 
 HERE = Path(__file__).resolve().parent
+SECONDS = collections.Counter()  # what loading and image encoding took in this run, for result.json
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,6 +378,7 @@ def encode_images(clip: Clip, items: list, transform, args, *, view: int = 0, ke
         for images, _, _ in progress(image_loader(mine, args.workers, batch_size=256), f"encode {what}"):
             rows.append(clip.model.encode_image(images.to(clip.device)).float())
     features = gather_rows(torch.cat(rows), len(items))
+    SECONDS["encode"] += time.time() - start
     if not features.isfinite().all():
         address = items[int((~features.isfinite()).any(dim=1).nonzero()[0])][0]
         raise FloatingPointError(

@@ -247,7 +247,7 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
     """Train (or read args.checkpoint), evaluate on every test set once, write the run folder, return its result."""
     if result := runs.finished(out):  # a resumed run whose baseline is finished
         return result
-    start = time.time()
+    start, encoded = time.time(), common.SECONDS["encode"]
     learner = read_learner(args.checkpoint, clip) if args.eval_only else train(args, clip, task, views, out)
     trained, rows = time.time(), []
     if common.rank() > 0:
@@ -256,7 +256,8 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
         tuned = class_logits(learner, clip, test["test"].classnames, test["x"])
         rows.append(test | {"tuned": tuned, "baseline": baseline and baseline["tests"][i]["tuned"]})
     runs.save_checkpoint(out, "prograd", args, learner.state_dict(), args.epochs)
-    seconds = {"train": trained - start, "evaluate": time.time() - trained}
+    training = trained - start - (common.SECONDS["encode"] - encoded)  # fresh views are encoded between the steps
+    seconds = {"train": training, "evaluate": time.time() - trained}
     return runs.write_result(out, "prograd", args, task, clip, rows, seconds)
 
 
@@ -280,10 +281,9 @@ def main(argv: list[str] | None = None) -> dict:
     task, clip = runs.prepare(args)
     out = runs.open_run(args, "prograd")
     views, tests = runs.training_views(args, clip, task.train), runs.encode_tests(args, clip, task)
-    baseline = None
-    if args.compare and args.lam != 0:  # the same start, batches and rate; λ = 0 is CoOp
-        plain = runs.open_baseline(args, out, "prograd", lam=0.0)
-        baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir))
+    # The baseline is CoOp, λ = 0, from the same start on the same batches; of a run that is itself CoOp there is none.
+    plain = runs.open_baseline(args, out, "prograd", lam=0.0) if args.compare and args.lam != 0 else None
+    baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir)) if plain else None
     result = fit(args, clip, task, views, tests, out, baseline)
     if result:
         runs.report(result, out, "CoOp", "ProGrad" if args.lam else "CoOp")

@@ -56,9 +56,16 @@ positive_float, non_negative = (
 fraction = number(float, 0, 1, "number from 0 to 1")
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is answered by one line and not by the whole usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+
+
 def new_parser(doc: str) -> argparse.ArgumentParser:
     """A parser with the flags every script has. All default to None, so that settle() can tell what was typed."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=doc.split("\n\n")[0], allow_abbrev=False)
     data.add_data_flags(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", help="toyclip, or an open_clip name: RN50, ViT-B-16, ...")
@@ -99,12 +106,13 @@ def with_defaults(parser: argparse.ArgumentParser, defaults: dict) -> argparse.A
 def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, paper=None) -> argparse.Namespace:
     """Parse the flags and fill in the rest, so that every flag has a value; args.sources says where each came from.
 
-    `defaults`: {"toy": ..., "paper": ..., "fixed": flags a checkpoint cannot be read without}; of a value {shots: value}
+    `defaults`: {"toy": ..., "paper": ..., "fixed": flags a checkpoint cannot be read without}; of a value {shots: v}
     the entry of the largest number of shots not above ours is meant. `paper(settings)` gives --paper's exceptions.
     """
     typed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     if typed.get("resume") and "out_dir" not in typed:
         raise UserError("--resume needs --out-dir: the folder of the run to go on with")
+    refuse_overwriting(typed)
     if bool(typed.get("eval_only")) != ("checkpoint" in typed):
         raise UserError("--eval-only and --checkpoint RUN go together (to go on with training: --resume --out-dir RUN)")
     settings = dict.fromkeys(vars(parser.parse_args([])))
@@ -161,7 +169,10 @@ def choose_precision(precision: str, device: str) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
     """Load data and CLIP, and print what a reader needs to trust or repeat the numbers."""
+    common.SECONDS.clear()
+    start = time.time()
     task, clip = data.load_from_args(args), common.load_clip(args.model, args.pretrained, args.device)
+    common.SECONDS["load"] += time.time() - start
     clip.precision, clip.memory_gb = args.precision, args.memory_gb
     for origin in dict.fromkeys(args.sources.values()):
         keys = [key for key, source in args.sources.items() if source == origin and key != "sources"]
@@ -175,7 +186,7 @@ def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
 
 
 def training_views(args: argparse.Namespace, clip: Clip, items: list):
-    """A function epoch → unit features [N, D], labels [N]: one view, V cached views in turn, or a fresh one each time."""
+    """A function epoch → unit features [N, D], labels [N]: one view, V cached views in turn, or always a fresh one."""
     transform, fresh = data.train_transform(clip.preprocess, args.augment), args.augment != "none" and args.views == 0
 
     @functools.lru_cache(maxsize=1 if fresh else None)
@@ -226,21 +237,27 @@ def make_folder(args: argparse.Namespace, method: str) -> str:
             except FileExistsError:
                 k += 1
     out = Path(args.out_dir)
-    if not args.resume and (out / "result.json").exists():
-        raise UserError(f"{out} holds a finished run: choose another --out-dir")
-    if not args.resume and (out / "config.json").exists():
-        raise UserError(f"{out} holds an unfinished run: add --resume to go on with it, or choose another --out-dir")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.json").exists():
         write_json(out / "config.json", {"method": method, "settings": settings_of(args)})
     return args.out_dir
 
 
-def open_baseline(args: argparse.Namespace, out: Path, method: str, **plain) -> argparse.Namespace:
-    """The settings of the baseline run in OUT/baseline: those of `args` but for `plain`."""
+def refuse_overwriting(typed: dict) -> None:
+    out = Path(typed.get("out_dir", ""))
+    if "out_dir" in typed and not typed.get("resume") and (out / "config.json").exists():
+        if (out / "result.json").exists():
+            raise UserError(f"{out} holds a finished run: choose another --out-dir")
+        raise UserError(f"{out} holds an unfinished run: add --resume to go on with it, or choose another --out-dir")
+
+
+def open_baseline(args: argparse.Namespace, out: Path, method: str, **plain) -> argparse.Namespace | None:
+    """Open OUT/baseline → its settings: `args` but for `plain`. None: the evaluated checkpoint has no baseline."""
     changed = {"out_dir": str(out / "baseline"), "resume": True, "compare": False, **plain}
     if args.eval_only:
-        changed["checkpoint"] = str(Path(args.checkpoint) / "baseline")
+        changed["checkpoint"] = str(Path(args.checkpoint, "baseline"))
+        if not Path(changed["checkpoint"], "checkpoint.pt").exists():
+            return None
     args = argparse.Namespace(**vars(args) | changed)
     open_run(args, method)
     return args
@@ -318,7 +335,7 @@ def resume(out: Path, method: str, module: torch.nn.Module, optimizer) -> int:
 
 
 def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module, optimizer, line: dict) -> None:
-    """Write the epoch's line to metrics.jsonl, and a checkpoint if one is due: after --checkpoint-seconds, and at the end."""
+    """Write the epoch's line to metrics.jsonl, and a checkpoint if it is the last or --checkpoint-seconds have passed."""
     path = out / "metrics.jsonl"
     lines = (
         path.read_text(encoding="utf-8").splitlines()[:epoch] if path.exists() else []
@@ -333,8 +350,8 @@ def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module,
 # 4. Results
 # ----------------------------------------------------------------------------------------------------------------------
 def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows: list[dict], seconds: dict) -> dict:
-    """predictions.npz, then result.json → the result. A row is what encode_tests gave, and: tuned logits [N, C], baseline
-    (its M = {accuracy, nll, ece}, or None), extra (a dict of Ms and numbers), arrays (per-image arrays to store)."""
+    """predictions.npz, then result.json → the result. A row is what encode_tests gave and: tuned logits [N, C], baseline
+    (an M = {accuracy, nll, ece} or None), extra (a dict of Ms and numbers), arrays (per-image arrays to store)."""
     tests, arrays = [], {}
     for i, row in enumerate(rows):
         test, m = row["test"], {key: evaluate(row[key], row["labels"]) for key in ("zero_shot", "tuned")}
@@ -353,6 +370,7 @@ def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows
                           "checkpoint": "last step", "tests": args.test_part, "precision": clip.precision,
                           "activation": clip.activation}  # fmt: skip
     result |= {"tests": tests, "harmonic_mean": harmonic_means(tests)}
+    seconds = {"load": common.SECONDS["load"], "encode": common.SECONDS["encode"]} | seconds
     result |= {"seconds": {k: round(v, 2) for k, v in seconds.items()}, "peak_memory_mb": peak_memory_mb(args.device)}
     result |= {"settings": settings_of(args), "versions": common.versions(), "commit": commit(), "warnings": task.notes}
     write_json(out / "result.json", result)
@@ -360,7 +378,7 @@ def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows
 
 
 def harmonic_means(tests: list[dict]) -> dict | None:
-    """H of base and new accuracy, or of in-distribution accuracy and the mean over the other domains; None if neither."""
+    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains; None if neither."""
     first = tests[0]
     others, of = [t for t in tests[1:] if t["domain"] is not None], "ID/mean OOD"
     if first["classes"] == "base":
@@ -402,7 +420,7 @@ def print_aligned(rows: list[list[str]]) -> None:
 
 
 def peak_memory_mb(device: str) -> float | None:
-    """Peak memory of this process, in MiB: allocated on a GPU, resident elsewhere; None where the system cannot tell."""
+    """Peak memory of this process, in MiB: allocated on a GPU, resident elsewhere; None if the system cannot tell."""
     if torch.device(device).type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     try:
@@ -442,7 +460,7 @@ def zero_shot_table(argv: list[str] | None = None) -> dict:
 
 
 def run(main) -> None:
-    """Run a script's main. A traceback is never shown: one line on stderr, and the status 2 (yours to mend), 1 or 130."""
+    """Run a script's main. No traceback is shown: one line on stderr and the status 2 (yours to mend), 1 or 130."""
     try:
         main()
         return
