@@ -4,18 +4,21 @@ Every file of the folder is walked, and every key must be touched by the replay 
 GOLDEN_DIR=/path pytest tests/test_golden.py replays other recordings of the same format.
 """
 
+import functools
 import importlib
 import importlib.util
 import json
 import random
 import shutil
 from fnmatch import fnmatch
+from unittest import mock
 
+import golden_prograd
 import golden_world
 import numpy as np
 import pytest
 import torch
-from golden_world import FOLDER, GoldenWorld, close, world
+from golden_world import FOLDER, GoldenWorld, Recording, close, deviation, world
 
 import common
 import data
@@ -163,7 +166,52 @@ class Shared:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Tests of the walker itself
+# 3. The tolerances are tight enough: mutants fail
+# ----------------------------------------------------------------------------------------------------------------------
+def prograd_trajectories():
+    return [
+        name for name in files(FOLDER) if fnmatch(name, "prograd_*.npz") and golden_prograd.trajectories(read(name))
+    ]
+
+
+@functools.cache
+def read(name: str) -> Recording:
+    return world(FOLDER).recording(name)
+
+
+@pytest.mark.parametrize("name", prograd_trajectories())
+def test_prograd_mutants_fail(name):
+    """Without weight decay every trajectory fails; without the projection every one along which gradients conflict."""
+    g, conflicts = read(name), 0
+    case = golden_prograd.Case(g, world(FOLDER))
+    for key in golden_prograd.trajectories(g):
+        golden_prograd.check_update(g, key, case.start, case.trajectory(key))
+        with pytest.raises(AssertionError, match="update: off by"):
+            golden_prograd.check_update(g, key, case.start, case.trajectory(key, weight_decay=0.0))
+        if float(key.partition("_lam")[2]) > 0 and g[f"{key}/cos"].min() < -0.01:
+            conflicts += 1
+            with mock.patch.object(prograd, "project_gradient", lambda g_d, g_g, lam: g_d):
+                with pytest.raises(AssertionError, match="update: off by"):
+                    golden_prograd.check_update(g, key, case.start, case.trajectory(key))
+    assert conflicts
+
+
+@pytest.mark.parametrize("name", prograd_trajectories())
+def test_prograd_decay_after_projection(name):
+    """A large decay shows that it is added after the projection, and is not projected with g_d (Eq. 6)."""
+    g, decay = read(name), 100.0
+    case = golden_prograd.Case(g, world(FOLDER))
+    for kind in {key.split("/")[0] for key in golden_prograd.trajectories(g) if g[f"{key}/cos"][0] < -0.01}:
+        (step,) = case.train(g[f"{kind}/labels"][:1], rates=torch.ones(1), weight_decay=decay, lam=1.0)
+        after = prograd.project_gradient(step["g_d"], step["g_g"]) + decay * case.start
+        before = prograd.project_gradient(step["g_d"] + decay * case.start, step["g_g"])
+        close(step["momentum_buffer"], after, 1e-6)
+        close(case.start - step["ctx"], after, 1e-6)  # at a rate of 1
+        assert deviation(before, after) > 1e-4  # a hundred times what is allowed above
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Tests of the walker itself
 # ----------------------------------------------------------------------------------------------------------------------
 def doctored(tmp_path, *names: str) -> GoldenWorld:
     """A copy of the shared files and of `names`, to be changed."""
@@ -174,12 +222,16 @@ def doctored(tmp_path, *names: str) -> GoldenWorld:
 
 
 def test_untouched_key_fails(tmp_path):
-    golden = doctored(tmp_path, "oddities_prograd.json")
+    golden = doctored(tmp_path, "oddities_prograd.json", "prograd_front4.npz")
     walk("oddities_prograd.json", golden)
     content = golden.json("oddities_prograd.json") | {"a_new_key": 1}
     (tmp_path / "oddities_prograd.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(AssertionError, match="a_new_key"):
         walk("oddities_prograd.json", golden)
+    arrays = dict(np.load(tmp_path / "prograd_front4.npz")) | {"another": np.zeros(3)}
+    np.savez(tmp_path / "prograd_front4.npz", **arrays)
+    with pytest.raises(AssertionError, match="another"):
+        walk("prograd_front4.npz", golden)
 
 
 def test_unknown_file_fails(tmp_path):
@@ -190,10 +242,49 @@ def test_unknown_file_fails(tmp_path):
 
 
 def test_changed_number_fails(tmp_path):
-    golden = doctored(tmp_path, "oddities_prograd.json")
+    golden = doctored(tmp_path, "oddities_prograd.json", "prograd_front4.npz")
     content = golden.json("oddities_prograd.json")
     key = next(key for key in content if key.startswith("lr_per_epoch"))
     content[key][-1] *= 1.001
     (tmp_path / "oddities_prograd.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(AssertionError, match=key):
         walk("oddities_prograd.json", golden)
+    arrays = dict(np.load(tmp_path / "prograd_front4.npz"))
+    arrays["agree/g_g"][0] *= 1.001
+    np.savez(tmp_path / "prograd_front4.npz", **arrays)
+    with pytest.raises(AssertionError, match="agree g_g"):
+        walk("prograd_front4.npz", golden)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in prograd_trajectories() if name in ("prograd_csc4.npz", "prograd_ctxinit16.npz")]
+)
+def test_other_recording(tmp_path, name):
+    """Other class names per label, fewer steps and images, other file and label-kind names: nothing is hard-coded."""
+    golden = doctored(tmp_path)
+    names, arrays = golden.classnames, {key: value.numpy() for key, value in read(name).values.items()}
+    order = np.random.default_rng(1).permutation(len(names))
+    (tmp_path / "classnames.json").write_text(json.dumps([names[c] for c in order]), encoding="utf-8")
+    images = {key: value[:3].numpy() for key, value in golden.images.values.items()}
+    np.savez(tmp_path / "images.npz", **images)
+    other = {}
+    for key, value in arrays.items():
+        if key in ("tokenized_prompts", "name_lens", "zs_text_features", "text_features_unnorm"):
+            value = value[order]
+        elif key in ("zs_logits", "logits_init"):
+            value = value[:3, :, order]
+        elif key == "image_features_unnorm":
+            value = value[:3]
+        elif key.endswith("/labels"):
+            value = np.argsort(order)[value[:3]]
+        elif "/sgd_" in key and not key.endswith("momentum_buffer"):
+            value = value[:3]
+        elif "/sgd_" in key:  # of the last step, which is another one now
+            continue
+        if arrays["ctx_init"].ndim == 3 and (key == "ctx_init" or key.split("/")[-1].startswith("g_")):
+            value = value[order]
+        elif arrays["ctx_init"].ndim == 3 and key.endswith("/ctx"):
+            value = value[:, order]
+        other["/".join({"conflict": "first", "agree": "second"}.get(part, part) for part in key.split("/"))] = value
+    np.savez(tmp_path / "prograd_another.npz", **other)
+    walk("prograd_another.npz", GoldenWorld(tmp_path))
