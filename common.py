@@ -181,9 +181,8 @@ def token_ids(clip: Clip, text: str, room: int) -> list[int]:
     """BPE ids of `text` and EOT. UserError for more than `room` of them, or for a word toyclip was never trained on."""
     ids = clip.tokenizer.encode(text.replace("_", " ")) + [clip.tokenizer.eot_token_id]
     if len(ids) > room:
-        raise UserError(
-            f"{text!r} takes {len(ids)} tokens with EOT, and {room} of {clip.context_length} are free: shorten it"
-        )
+        free = f"{max(0, room)} of {clip.context_length} are free"
+        raise UserError(f"{text!r} takes {len(ids)} tokens with EOT, and {free}: shorten it or use a smaller --n-ctx")
     if clip.known is not None and not clip.known[ids].all():
         word = next(clip.tokenizer.decode([i]) for i in ids if not clip.known[i]).strip()
         raise UserError(
