@@ -21,6 +21,7 @@ import inspect
 import itertools
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -278,7 +279,7 @@ def load_dataset(name, data_root="data", shots=16, seed=1, classes="all", test_o
     # fmt: on
     """A task as the flags say (see add_data_flags); `found` is what read_dataset gave, if that was called already.
     Raises UserError where something is missing or does not fit."""
-    if template is not None and template.count("{}") != 1:
+    if template is not None and ("{}" not in template or len(re.findall("[{}]", template)) != 2):
         raise UserError(f"--template {template!r} needs exactly one {{}}, where the class name goes")
     found = found or read_dataset(name, data_root, download, train_domain, test_domain, domains, toy_bias)
     if found.get("test_only"):
@@ -379,7 +380,7 @@ def show(items: list[Item], classnames: list[str], path: str, columns=8, rows=6,
 
 def describe(name: str, found: dict, task: Task | None) -> None:
     """Counts per part and class, templates, and what a run with these flags trains and tests on."""
-    parts = found["parts"] | found["ood"]
+    parts = found["parts"] | {f"ood/{domain}": items for domain, items in found["ood"].items()}
     print(f"{name}: {len(found['classnames'])} classes; images {found['root']}, split {found['origin']}")
     print(f'template "{found["template"]}"; teacher "{found.get("teacher_template", found["template"])}"')
     if task:

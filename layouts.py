@@ -178,6 +178,10 @@ LINES = {  # a line of a dataset's own list -> (image below the image folder, cl
     "ucf101": lambda s: (f"{capitals(s.split('/')[0])}/{s.split('/')[1].split('.')[0]}.jpg", capitals(s.split("/")[0])),
     "domain/class": lambda s: (s.rsplit(" ", 1)[0], s.split("/")[1]),  # sketch/dog/1.png 1
 }
+CLASS_LINES = {  # a line of the file that orders the classes -> class; else the line is the class
+    "sun397": lambda s: " ".join(s.split("/")[:1:-1]),  # /a/apse/indoor
+    "ucf101": lambda s: capitals(s.split()[-1]),  # 1 ApplyEyeMakeup
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ def read_coop(name: str, spec: dict, root: str, homes: list[str]) -> dict:
         raise UserError(f"{name}: {' or '.join(missing)} is missing: put it into {homes[0]} ({SPLITS_AT})")
     trees = read_lists(files, root, LINES[name])
     classes = find_file(homes, spec.get("classes", "-"))
-    order = [line.strip() for line in read_text(classes).strip().split("\n")] if classes else trees["train"]
+    order = map(CLASS_LINES.get(name, str.strip), read_text(classes).strip().split("\n")) if classes else trees["train"]
     shares = {} if "val" in trees else {"val": 0.2}
     return dict(names={key: key for key in order}, trees=trees, shares=shares, origin=files["train"])
 
@@ -277,12 +281,12 @@ def folder_names(root: str, folders: list[str]) -> dict[str, str]:
     if file is None:
         return {folder: folder for folder in folders}
     lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
-    names = {f: line[len(f) :].strip() for line in lines for f in folders if line.startswith((f"{f} ", f"{f}\t"))}
     if len(lines) != len(folders):
         raise UserError(
             f"{file} has {len(lines)} lines for {len(folders)} classes: give one 'FOLDER<tab>NAME' for each"
         )
-    return names if len(names) == len(folders) else dict(zip(folders, lines))
+    pairs = {f: line[len(f) :].strip() for line in lines for f in folders if line.startswith((f"{f} ", f"{f}\t"))}
+    return {f: pairs[f] for f in folders} if len(pairs) == len(folders) else dict(zip(folders, lines))
 
 
 def regroup(layout: str, root: str, by_default: bool) -> dict[str, Tree]:
@@ -342,7 +346,8 @@ def read_domains(name: str, spec: dict, root: str, homes: list[str], train, test
             merged[f"ood/{domain}" if part == "ood" else part][key] += paths
     keys = sorted({key for tree in merged.values() for key in tree}, key=str.lower)
     shares = {part: 0.1 for part in ("val", "test") if train and part not in merged}
-    return dict(names=folder_names(root, keys), trees=merged, shares=shares, origin=origin, domain="+".join(train))
+    domain = "+".join(train) if len(train) < 6 else f"{len(train)} domains"
+    return dict(names=folder_names(root, keys), trees=merged, shares=shares, origin=origin, domain=domain)
 
 
 def domain_lists(spec: dict, root: str, homes: list[str], train, test) -> dict:

@@ -135,6 +135,7 @@ def ucf101(root: Path, split=True) -> None:
     home, rows = root / "ucf101", {}
     for action, folder in actions.items():
         rows[folder] = images(home / "UCF-101-midframes" / folder, name=f"v_{action}_g01_c{{}}.jpg")
+    text(home / "ucfTrainTestlist/classInd.txt", [f"{i} {action}" for i, action in enumerate(actions, 1)])
     for file, cut in {"trainlist01.txt": range(7), "testlist01.txt": range(7, N)}.items():
         mark = " 1" if file.startswith("train") else ""
         lines = [f"{action}/v_{action}_g01_c{i}.avi{mark}" for action in actions for i in cut]
