@@ -268,9 +268,9 @@ def test_paper_exceptions_and_defaults_by_shots():
     )
 
 
-CHOICES = """--csc --classes all, --class-position front, --init random, --teacher ensemble, --rule add, --temperature 2,
---n-ctx 4, --precision bf16, --label-noise 0.3, --augment crop --views 2, --augment crop --views 0, --cache-dir none,
---memory-gb 0.001, --test-on toy_shapes_biased, --shots all --max-steps 2"""
+CHOICES = """--csc --classes all, --class-position front, --init random, --teacher ensemble, --rule add, --n-ctx 4,
+--temperature 2, --precision bf16, --label-noise 0.3, --augment crop --views 2, --augment crop --views 0,
+--cache-dir none, --memory-gb 0.001, --test-on toy_shapes_biased, --shots all --max-steps 2"""
 
 
 @pytest.mark.parametrize("flags", [flags.strip() for flags in CHOICES.split(",")])
