@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from data import UserError
 # ----------------------------------------------------------------------------------------------------------------------
 COMMON = {"data_root": "data", "shots": 16, "seed": 1, "classes": "all", "test_on": [], "test_part": "test",
           "label_noise": 0.0, "download": False, "domains": False, "paper": False, "max_steps": 0, "device": "auto",
-          "precision": "auto", "workers": 0, "cache_dir": "cache", "resume": False, "eval_only": False,
+          "precision": "auto", "cache_dir": "cache", "resume": False, "eval_only": False,
           "checkpoint_seconds": 30.0, "eval_every": 0}  # fmt: skip
 # Flags that do not change a result: a resumed run may be given other values.
 FREE = {"data_root", "download", "device", "workers", "cache_dir", "out_dir", "resume", "checkpoint", "eval_only",
@@ -82,7 +83,7 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:1, mps (untested)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="of the frozen towers; what is learned is fp32")
     add("--memory-gb", type=positive_float, help="bound on the text pass [4 on the CPU, half of a GPU's total]")
-    add("--workers", type=count, help="processes that decode images")
+    add("--workers", type=count, help="processes that decode images [0 for toy data, else up to 8]")
     add("--cache-dir", help="folder of cached image features, or none")
     add("--out-dir", help="run folder [runs/METHOD-DATASET-SHOTSshot-seedN]")
     add("--resume", action="store_true", default=None, help="go on with the unfinished run in --out-dir")
@@ -142,6 +143,8 @@ def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, p
         exceptions = {key: value for key, value in paper(settings).items() if key not in stored | typed}
         settings |= exceptions
         sources |= dict.fromkeys(exceptions, "the paper's exception")
+    if settings["workers"] is None:
+        settings["workers"] = 0 if kind == "toy" else min(8, os.cpu_count() or 1)
     args = argparse.Namespace(**settings, sources=sources)
     args.device = common.start_processes(args.device)
     args.precision, why = choose_precision(args.precision, args.device)
@@ -335,7 +338,7 @@ def resume(out: Path, method: str, module: torch.nn.Module, optimizer) -> int:
 
 
 def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module, optimizer, line: dict) -> None:
-    """Write the epoch's line to metrics.jsonl, and a checkpoint if it is the last or --checkpoint-seconds have passed."""
+    """Write the epoch to metrics.jsonl, and a checkpoint if it is the last or --checkpoint-seconds have passed."""
     path = out / "metrics.jsonl"
     lines = (
         path.read_text(encoding="utf-8").splitlines()[:epoch] if path.exists() else []
@@ -350,7 +353,7 @@ def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module,
 # 4. Results
 # ----------------------------------------------------------------------------------------------------------------------
 def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows: list[dict], seconds: dict) -> dict:
-    """predictions.npz, then result.json → the result. A row is what encode_tests gave and: tuned logits [N, C], baseline
+    """predictions.npz, then result.json → the result. A row: what encode_tests gave and tuned logits [N, C], baseline
     (an M = {accuracy, nll, ece} or None), extra (a dict of Ms and numbers), arrays (per-image arrays to store)."""
     tests, arrays = [], {}
     for i, row in enumerate(rows):
