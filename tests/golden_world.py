@@ -20,7 +20,14 @@ import torch
 import common
 
 HERE = Path(__file__).resolve().parent
-FOLDER = Path(os.environ.get("GOLDEN_DIR") or HERE / "golden")
+
+
+def golden_folder() -> Path:
+    """The recordings to replay: the folder that GOLDEN_DIR names, else those that come with the repository."""
+    return Path(os.environ.get("GOLDEN_DIR") or HERE / "golden")
+
+
+FOLDER = golden_folder()
 
 
 class Recording:
