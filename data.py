@@ -23,16 +23,18 @@ import os
 import random
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from layouts import PARTS, TABLE, UNSAFE, Tree, UserError, read_layout
+from layouts import FORMATS, PARTS, TABLE, Tree, UserError, read_layout
 from toyclip import world
 
 MAX_PIXELS = 89_478_485  # of an image: where Pillow warns of a decompression bomb, we refuse
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Item = tuple[str, int]  # (address, label); an address is an absolute path or toy:TASK/PART/INDEX
 
 
@@ -83,7 +85,8 @@ def by_label(items: list[Item]) -> dict[int, list[Item]]:
 
 def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[Item], list[Item]]:
     """CoOp's draw, image for image and in its order: one generator; class by class in order of first appearance; train
-    first, then val with min(shots, 4). A class with fewer images gives all it has. shots="all" draws nothing."""
+    first, then val with min(shots, 4). A class with fewer images gives all it has. Domains are one pool.
+    shots="all" draws nothing."""
     generator = random.Random(seed)
 
     def draw(items, k):
@@ -140,12 +143,12 @@ def read_image(address: str) -> Image.Image:
         task, _, bias = task.partition("@")
         return Image.fromarray(world.task_image(task, part, int(index), float(bias or 0.95)))
     try:
-        with Image.open(address, formats=[name for name in Image.OPEN if name not in UNSAFE]) as image:
+        with Image.open(address, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels; more than {MAX_PIXELS:,} are refused")
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte; Pillow would clip all above 255 to white
-                image = image.point(lambda value: value * (1 / 256)).convert("L")
+                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise UserError(f"{address}: {error or type(error).__name__}") from error
@@ -194,9 +197,7 @@ def numbered(tree: Tree, classes: list[str]) -> list[Item]:
     labels = {key: label for label, key in enumerate(classes)}
     for key in tree:
         if key not in labels:
-            raise UserError(
-                f"{tree[key][0]}: its class {key!r} is not one of the {len(labels)} that the training part has"
-            )
+            raise UserError(f"{tree[key][0]}: its class {key!r} is not among the {len(labels)} training classes")
     return [(path, labels[key]) for key, paths in tree.items() for path in paths]
 
 
@@ -213,7 +214,7 @@ def read_dataset(name, data_root, download=False, train_domain=None, test_domain
     """A whole dataset, before any draw, as a dict: classnames, template, parts {train, val, test: items}, ood {domain:
     items}, root (of the hashed paths), origin (where the split is from), domain (trained on), notes."""
     known = [*world.TASKS, *TABLE]
-    if name not in known and not name.startswith("folder:"):
+    if name not in known and not re.match("folder:.", name):
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)} and folder:PATH"
         raise UserError(f"no dataset is called {name!r}: {hint}")
@@ -249,7 +250,7 @@ def check_classes(name: str, classnames: list[str], parts: dict, found: dict, no
             raise UserError(f"{name}: class {classnames[absent[0]]!r} is empty: no training image in {found['origin']}")
         if absent and parts[part]:
             notes.append(f"{name}: {len(absent)} classes have no {part} image, {classnames[absent[0]]!r} for one")
-    shared = len({address for address, _ in parts["train"]} & {address for address, _ in parts["test"]})
+    shared = len(set(dict(parts["train"])) & set(dict(parts["test"])))
     notes += [f"{name}: {shared} images are in both the training and the test part"] if shared else []
 
 
@@ -332,33 +333,15 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--shots", type=shots_flag, help="training images a class, or all; drawn as CoOp does (default: 16)")
     add("--seed", type=int, help="of every random draw (default: 1)")
     add("--classes", choices=["all", "base"], help="base: train on the first half, test on base and new (default: all)")
-    add(
-        "--test-on", nargs="+", metavar="NAME", help="further datasets to test on, each with its own names and template"
-    )
+    add("--test-on", nargs="+", metavar="NAME", help="further datasets to test on, with their own names and templates")
     add("--template", help='prompt with {} for the class, such as "a photo of a {}."')
-    add(
-        "--label-noise", type=float, metavar="SHARE", help="this share of the training labels is replaced by wrong ones"
-    )
+    add("--label-noise", type=float, metavar="X", help="share of the training labels that are made wrong (default: 0)")
     add("--download", action="store_true", default=None, help="fetch missing images, where torchvision can")
-    add(
-        "--train-domain",
-        nargs="+",
-        metavar="DOMAIN",
-        help="for datasets of domains (default: all but the test domains)",
-    )
-    add(
-        "--test-domain",
-        nargs="+",
-        metavar="DOMAIN",
-        help="for datasets of domains (default: all but the training domains)",
-    )
+    add("--train-domain", nargs="+", metavar="DOMAIN", help="domains to train on (default: all not tested on)")
+    add("--test-domain", nargs="+", metavar="DOMAIN", help="domains to test on (default: all not trained on)")
     add("--domains", action="store_true", default=None, help="read folder:PATH as PATH/DOMAIN/CLASS/*")
     add("--toy-bias", type=float, metavar="SHARE", help="toy_shapes_biased: images with their class's own scene (0.95)")
-    add(
-        "--test-part",
-        choices=["test", "val"],
-        help="the part reported on; val is for choosing settings (default: test)",
-    )
+    add("--test-part", choices=["test", "val"], help="what is reported on; val is to choose settings (default: test)")
 
 
 def load_from_args(args, **more) -> Task:
@@ -381,7 +364,7 @@ def show(items: list[Item], classnames: list[str], path: str, columns=8, rows=6,
 def describe(name: str, found: dict, task: Task | None) -> None:
     """Counts per part and class, templates, and what a run with these flags trains and tests on."""
     parts = found["parts"] | {f"ood/{domain}": items for domain, items in found["ood"].items()}
-    print(f"{name}: {len(found['classnames'])} classes; images {found['root']}, split {found['origin']}")
+    print(f"{name}: {len(found['classnames'])} classes; images in {found['root']}, split from {found['origin']}")
     print(f'template "{found["template"]}"; teacher "{found.get("teacher_template", found["template"])}"')
     if task:
         print(f"drawn: {len(task.train)} training and {len(task.val)} validation images; split {task.split}")
@@ -411,9 +394,7 @@ def overview(data_root: str) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description="What a dataset holds, and whether it is complete.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="What a dataset holds, and what is missing.", allow_abbrev=False)
     add_data_flags(parser)
     parser.add_argument("--check-images", action="store_true", help="decode every image and list the bad ones")
     parser.add_argument("--show", metavar="FILE.png", help="draw labelled examples")
@@ -448,3 +429,5 @@ if __name__ == "__main__":
         sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -19,16 +19,11 @@ WNIDS = TABLE.pop("wnids")["sorted"].split()
 SPLITS_AT = "linked in CoOp's DATASETS.md; most are in splits/ of github.com/linzhiqiu/cross_modal_adaptation"
 PARTS = ("train", "val", "test")
 MAX_TEXT_BYTES = 64 << 20  # of a list; the largest real one has under 20 MB
-UNSAFE = {
-    "EPS",
-    "MPEG",
-    "WMF",
-    "BUFR",
-    "GRIB",
-    "HDF5",
-}  # formats that start another program, or that nothing here decodes
-ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in set(Image.OPEN) - UNSAFE}
-
+# Formats that Pillow opens, without those that start another program or that nothing here can decode.
+FORMATS = sorted(
+    {*Image.registered_extensions().values()} & {*Image.OPEN} - {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
+)
+ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
 SEEN, HELD_OUT = "seen contexts", "held-out contexts"  # NICO's domains where no flag names contexts
 Tree = dict[str, list[str]]  # {class: paths of its images}
 
@@ -74,14 +69,10 @@ def class_files(root: str, ignored=()) -> Tree:
     """The images of every class folder, in sorted order. An empty class is an error."""
     tree = {folder: list_images(os.path.join(root, folder)) for folder in subfolders(root, ignored)}
     if not tree:
-        raise UserError(
-            f"{root} has no class folders: images are expected as {os.path.join(root, 'CLASS', 'NAME.jpg')}"
-        )
+        raise UserError(f"{root} has no class folders; expected are images {os.path.join(root, 'CLASS', 'NAME.jpg')}")
     for folder, paths in tree.items():
         if not paths:
-            raise UserError(
-                f"{os.path.join(root, folder)} holds no image, an empty class: add images or remove the folder"
-            )
+            raise UserError(f"{os.path.join(root, folder)} has no image, an empty class: add some or remove the folder")
     return tree
 
 
@@ -97,9 +88,7 @@ def find_file(folders: list[str], name: str) -> str | None:
 
 def read_text(path: str) -> str:
     if os.path.getsize(path) > MAX_TEXT_BYTES:
-        raise UserError(
-            f"{path} has {os.path.getsize(path):,} bytes: more than {MAX_TEXT_BYTES:,} is no list of images"
-        )
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes: no list of images has over {MAX_TEXT_BYTES:,}")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -176,7 +165,7 @@ LINES = {  # a line of a dataset's own list -> (image below the image folder, cl
     "fgvc_aircraft": lambda s: (s.split(" ", 1)[0] + ".jpg", s.split(" ", 1)[1]),  # 1025794 707-320
     "sun397": lambda s: (s[1:], " ".join(s.split("/")[-2:1:-1])),  # /a/apse/indoor/sun_aaa.jpg: an indoor apse
     "ucf101": lambda s: (f"{capitals(s.split('/')[0])}/{s.split('/')[1].split('.')[0]}.jpg", capitals(s.split("/")[0])),
-    "domain/class": lambda s: (s.rsplit(" ", 1)[0], s.split("/")[1]),  # sketch/dog/1.png 1
+    "domain/class": lambda s: (s.rsplit(" ", 1)[0], s.split("/")[-2]),  # sketch/dog/1.png 1
 }
 CLASS_LINES = {  # a line of the file that orders the classes -> class; else the line is the class
     "sun397": lambda s: " ".join(s.split("/")[:1:-1]),  # /a/apse/indoor
@@ -213,7 +202,7 @@ def find_images(name: str, spec: dict, data_root: str, download: bool) -> str:
 
 def read_coop(name: str, spec: dict, root: str, homes: list[str]) -> dict:
     """One of CoOp's datasets but ImageNet: by its split file, else by the rule with which CoOp made that file."""
-    if file := find_file(homes, spec.get("split", "-")):
+    if file := find_file(homes, spec.get("split", "")):
         names, trees = read_split(file, root)
         return dict(names=names, trees=trees, origin=file)
     if spec["layout"] == "class folders":
@@ -226,7 +215,7 @@ def read_coop(name: str, spec: dict, root: str, homes: list[str]) -> dict:
         missing += [spec["lists"][part] for part, file in files.items() if file is None][:1]
         raise UserError(f"{name}: {' or '.join(missing)} is missing: put it into {homes[0]} ({SPLITS_AT})")
     trees = read_lists(files, root, LINES[name])
-    classes = find_file(homes, spec.get("classes", "-"))
+    classes = find_file(homes, spec.get("classes", ""))
     order = map(CLASS_LINES.get(name, str.strip), read_text(classes).strip().split("\n")) if classes else trees["train"]
     shares = {} if "val" in trees else {"val": 0.2}
     return dict(names={key: key for key in order}, trees=trees, shares=shares, origin=files["train"])
@@ -242,13 +231,10 @@ def read_imagenet(name: str, spec: dict, root: str, homes: list[str]) -> dict:
     elif len(keys) == 1000 or spec.get("subset"):
         from open_clip import IMAGENET_CLASSNAMES
 
-        names, file = (
-            dict(zip(WNIDS, IMAGENET_CLASSNAMES)),
-            "open_clip's IMAGENET_CLASSNAMES, in the order of sorted WordNet ids",
-        )
+        names, file = dict(zip(WNIDS, IMAGENET_CLASSNAMES)), "open_clip's IMAGENET_CLASSNAMES, for sorted WordNet ids"
     else:
         raise UserError(
-            f"{name}: {root} has {len(keys)} classes, not 1,000: add classnames.txt (lines 'FOLDER NAME') there"
+            f"{name}: {len(keys)} classes, not 1,000, in {root}: add classnames.txt there ('FOLDER NAME' lines)"
         )
     if "0" in keys:
         names = {str(label): name for label, name in enumerate(names.values())}
@@ -263,16 +249,21 @@ def read_folder(root: str) -> dict:
     aliases = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
     parts = {aliases[f]: os.path.join(root, f) for f in subfolders(root) if f in aliases}
     parts = {part: folder for part, folder in parts.items() if subfolders(folder)}  # else it is a class with that name
-    if parts and not {"train", "test"} <= set(parts):
-        raise UserError(
-            f"{root} has {' and '.join(parts)}, but not both train and test: add PATH/train/CLASS and PATH/test/CLASS"
-        )
+    if parts and ("train" not in parts or len(parts) == 1):
+        raise UserError(f"{root} has {' and '.join(parts)}: there must be both train/CLASS and test/CLASS in it")
     trees = {part: class_files(folder) for part, folder in parts.items()} or {"train": class_files(root, ["ood"])}
     ood = os.path.join(root, "ood")
     if os.path.isdir(ood):
         trees |= {f"ood/{domain}": class_files(os.path.join(ood, domain)) for domain in subfolders(ood)}
-    shares = {} if parts else {"train": 0.5, "val": 0.2}
-    return dict(names=folder_names(root, list(trees["train"])), trees=trees, shares=shares, origin=root)
+    found = dict(names=folder_names(root, list(trees["train"])), trees=trees, origin=root)
+    if parts and "test" not in parts:
+        trees["test"] = trees.pop("val")
+        found["note"] = f"{root} has no test folder: its val is the test part, and there is no validation part"
+    if not parts:
+        found["shares"] = {"train": 0.5, "val": 0.2}
+        if all(os.path.basename(os.path.dirname(paths[0])) != key for key, paths in trees["train"].items()):
+            found["note"] = f"the class folders of {root} hold folders, not images: if they are domains, add --domains"
+    return found
 
 
 def folder_names(root: str, folders: list[str]) -> dict[str, str]:
@@ -282,9 +273,7 @@ def folder_names(root: str, folders: list[str]) -> dict[str, str]:
         return {folder: folder for folder in folders}
     lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
     if len(lines) != len(folders):
-        raise UserError(
-            f"{file} has {len(lines)} lines for {len(folders)} classes: give one 'FOLDER<tab>NAME' for each"
-        )
+        raise UserError(f"{file} has {len(lines)} lines for {len(folders)} classes: one 'FOLDER<tab>NAME' for each")
     pairs = {f: line[len(f) :].strip() for line in lines for f in folders if line.startswith((f"{f} ", f"{f}\t"))}
     return {f: pairs[f] for f in folders} if len(pairs) == len(folders) else dict(zip(folders, lines))
 
@@ -297,14 +286,12 @@ def regroup(layout: str, root: str, by_default: bool) -> dict[str, Tree]:
             for path in list_images(os.path.join(root, domain)):
                 name, mark, _ = os.path.basename(path).rpartition("_")
                 if not mark or os.path.dirname(path) != os.path.join(root, domain):
-                    raise UserError(
-                        f"{path}: no class can be read from it; expected {domain}/CLASS_NUMBER.jpg in {root}"
-                    )
+                    raise UserError(f"{path}: no class in its name; expected {domain}/CLASS_NUMBER.jpg in {root}")
                 trees[domain][name].append(path)
         return trees
     for name in subfolders(
         root
-    ):  # NICO: dog/on grass/1.jpg; each class has contexts of its own, so the rule is by class
+    ):  # NICO: dog/on grass/1.jpg; classes have contexts of their own, so the rule is by class
         contexts = class_files(os.path.join(root, name))
         n_seen = len(contexts) - round(0.3 * len(contexts))
         for i, (context, paths) in enumerate(contexts.items()):
@@ -331,15 +318,14 @@ def read_domains(name: str, spec: dict, root: str, homes: list[str], train, test
             raise UserError(f"{name} has no domain {domain!r}; in {root} there are {', '.join(known) or 'no folders'}")
     if not test or set(train) & set(test):
         raise UserError(
-            f"{name}: trained on {', '.join(train)} and tested on {', '.join(test) or 'nothing'}; domains are to differ"
+            f"{name}: trains on {', '.join(train)}, tests on {', '.join(test)}: these must be different domains"
         )
     trees = domain_lists(spec, root, homes, train, test)
     origin = f"the lists of {', '.join(train)}" if trees else root
     if not trees:
         read = regrouped.get if regrouped else lambda domain: class_files(os.path.join(root, domain))
-        trees = {("train", domain): read(domain) for domain in train} | {
-            ("ood", domain): read(domain) for domain in test
-        }
+        trees = {("train", domain): read(domain) for domain in train}
+        trees |= {("ood", domain): read(domain) for domain in test}
     merged = collections.defaultdict(lambda: collections.defaultdict(list))
     for (part, domain), tree in trees.items():
         for key, paths in tree.items():
@@ -362,15 +348,14 @@ def domain_lists(spec: dict, root: str, homes: list[str], train, test) -> dict:
 
 
 def read_layout(name, data_root, download=False, train_domain=None, test_domain=None, domains=False) -> dict:
-    """What a reader says of dataset `name` (see the top of this section), and its row of the table, and `root`."""
+    """What a reader says of dataset `name` (see the top of this section), its row of the table, and `root`."""
+    train_domain, test_domain = ([d] if isinstance(d, str) else d for d in (train_domain, test_domain))
     spec = TABLE.get(name, {"layout": "domain/class" if domains else "folder", "template": "a photo of a {}."})
     of_domains = spec["layout"] in ("domain/class", "class/domain", "class in the file name")
     if domains and name in TABLE:
         raise UserError(f"--domains is for folder:PATH; {name} is read as it is published")
     if (train_domain or test_domain) and not of_domains:
-        raise UserError(
-            f"{name} has no domains: leave out --train-domain and --test-domain (a folder: needs --domains too)"
-        )
+        raise UserError(f"{name} has no domains to train or test on" + ("" if name in TABLE else ": add --domains"))
     try:
         if name in TABLE:
             data_root = os.path.expanduser(data_root)
