@@ -183,6 +183,8 @@ def three_layers(D: int, W: int) -> torch.nn.Sequential:
 
 def initial_context(clip: Clip, words: str) -> torch.Tensor:
     """The words' token embeddings, [M, W]."""
+    if not words.strip():
+        raise UserError("--ctx-init is empty: give at least one word, such as 'a photo of a'")
     return common.embed(clip, [common.token_ids(clip, words, clip.context_length)])[0][0, :-1]  # without EOT
 
 
@@ -362,7 +364,7 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
     """Train (or read args.checkpoint), evaluate on every test set once, write the run folder, return its result."""
     if result := runs.finished(out):  # a resumed run whose baseline is finished
         return result
-    start = time.time()
+    start, encoded = time.time(), common.SECONDS["encode"]
     learner = read_learner(args.checkpoint, clip, args) if args.eval_only else train(args, clip, task, views, out)
     trained, rows = time.time(), []
     if common.rank() > 0:
@@ -372,12 +374,26 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
         extra = {"mean_residual": common.evaluate(found["mean_residual"], labels)}
         for key, logits in (("tuned", found["tuned"]), ("zero_shot", test["zero_shot"])):
             extra[f"auroc_{key}"] = auroc(uncertainty(logits[None])[0], logits.argmax(dim=-1) != labels)
+        if baseline:
+            extra["auroc_baseline"] = baseline["tests"][i]["extra"].get("auroc_tuned")
+        extra = {key: value for key, value in extra.items() if value is not None}  # all right, or all wrong: no AUROC
         arrays = {key: found[key] for key in ("entropy", "mutual_information")}
         row = {"tuned": found["tuned"], "baseline": baseline and baseline["tests"][i]["tuned"]}
         rows.append(test | row | {"extra": extra, "arrays": arrays})
     runs.save_checkpoint(out, "vpt", args, learner.state_dict(), args.epochs)
-    seconds = {"train": trained - start, "evaluate": time.time() - trained}
+    training = trained - start - (common.SECONDS["encode"] - encoded)  # fresh views are encoded between the steps
+    seconds = {"train": training, "evaluate": time.time() - trained}
     return runs.write_result(out, "vpt", args, task, clip, rows, seconds)
+
+
+def report(result: dict, out: str | Path, baseline: str, method: str) -> None:
+    """The run's table, and how well each entropy tells wrong predictions from right ones."""
+    runs.report(result, out, baseline, method)
+    for test in result["tests"]:
+        names = {"zero_shot": "zero-shot", "baseline": baseline, "tuned": method}
+        found = [f"{names[k]} {test['extra'][f'auroc_{k}']:.2f}" for k in names if f"auroc_{k}" in test["extra"]]
+        what = " ".join([test["dataset"], test["domain"] or test["classes"]])
+        common.log(f"{what}: AUROC of entropy, wrong against right (0.5: tells nothing): {', '.join(found)}")
 
 
 def read_learner(path: str, clip: Clip, args: argparse.Namespace | None = None) -> PromptDistribution:
@@ -396,24 +412,25 @@ def read_learner(path: str, clip: Clip, args: argparse.Namespace | None = None) 
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags; returns what result.json holds."""
     args = runs.settle(build_parser(), argv, "vpt", DEFAULTS, paper_exceptions)
-    plain_name = DETERMINISTIC[args.posterior]
     if args.eval_samples is None:
         args.eval_samples = args.samples
     if args.eval_samples and not args.samples:
         raise UserError("--eval-samples: a run with --samples 0 learns no distribution to sample from; leave it out")
+    if not args.logvar_init[0] <= args.logvar_init[1]:
+        raise UserError(f"--logvar-init {args.logvar_init[0]} {args.logvar_init[1]}: the lower end comes first")
+    columns = DETERMINISTIC[args.posterior], "VPT" if args.samples else DETERMINISTIC[args.posterior]
     if result := args.resume and runs.finished(args.out_dir):
-        runs.report(result, args.out_dir, plain_name, "VPT")
+        report(result, args.out_dir, *columns)
         return result
     task, clip = runs.prepare(args)
     out = runs.open_run(args, "vpt")
     views, tests = runs.training_views(args, clip, task.train), runs.encode_tests(args, clip, task)
-    baseline = None
-    if args.compare and args.samples:  # the same start, batches and rate; no samples
-        plain = runs.open_baseline(args, out, "vpt", samples=0, eval_samples=0)
-        baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir))
+    # The baseline is deterministic, from the same start on the same batches; a run that is itself that has none.
+    plain = runs.open_baseline(args, out, "vpt", samples=0, eval_samples=0) if args.compare and args.samples else None
+    baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir)) if plain else None
     result = fit(args, clip, task, views, tests, out, baseline)
     if result:
-        runs.report(result, out, plain_name, "VPT" if args.samples else plain_name)
+        report(result, out, *columns)
     return result
 
 

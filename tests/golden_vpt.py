@@ -150,13 +150,18 @@ def replay(name: str, g: Recording, golden: GoldenWorld) -> None:
 
 
 def check_trajectory(case: Case, key: str, steps: list[dict]) -> None:
-    """Losses, rates and the update of every parameter, after each step where it was recorded, else after the last."""
+    """Rates, losses and updates along one trajectory."""
     g = case.g
     assert len(steps) == len(g[f"{key}/lr"])
     close(torch.tensor([step["lr"] for step in steps]), g[f"{key}/lr"], 1e-7, f"{key} lr")
     close(torch.tensor([step["loss"] for step in steps]), g[f"{key}/loss"], ALONG, f"{key} loss")
+    check_updates(case, key, steps)
+
+
+def check_updates(case: Case, key: str, steps: list[dict]) -> None:
+    """The update of every parameter, after each step where it was recorded, else after the last."""
     for released in case.parameters:
-        name, recorded = our_name(released), g[f"{key}/{released}"]
+        name, recorded = our_name(released), case.g[f"{key}/{released}"]
         before, whole = case.start[name], recorded.dim() == case.start[name].dim() + 1
         recorded = recorded if whole else recorded[None]
         for i, (step, after) in enumerate(zip(steps[-len(recorded) :], recorded, strict=True)):
