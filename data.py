@@ -206,7 +206,7 @@ def read_toy(name: str, bias: float | None) -> dict:
     task, tag = world.TASKS[name], name if bias is None else f"{name}@{bias:g}"
     parts = {part: list(enumerate(world.task_labels(name, part))) for part in task.parts}
     items = {part: [(f"toy:{tag}/{part}/{i}", label) for i, label in rows] for part, rows in parts.items()}
-    found = {"classnames": task.classnames, "template": task.template, "root": "", "origin": "rendered", "domain": None}
+    found = {"classnames": task.classnames, "template": task.template, "root": "", "origin": "world.py", "domain": None}
     return found | {"parts": {part: items.pop(part) for part in PARTS}, "ood": items, "notes": []}
 
 
@@ -269,7 +269,7 @@ def make_tests(name: str, found: dict, classes: str, part: str, template: str) -
             if kept:
                 tests.append(Test(name, domain, which, found["classnames"][labels.start : labels.stop], template, kept))
             elif not tests or tests[0].domain == domain:
-                raise UserError(f"{name} has no {part} image of {which} classes: add some, or change --test-part")
+                raise UserError(f"{name} has no {part} images of {which} classes: add some, or change --test-part")
     return tests
 
 
@@ -330,9 +330,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", metavar="NAME", help="a toy task, a dataset of datasets.toml, or folder:PATH")
     add("--data-root", metavar="DIR", help="folder of the datasets (default: data)")
-    add("--shots", type=shots_flag, help="training images a class, or all; drawn as CoOp does (default: 16)")
+    add("--shots", type=shots_flag, help="training images a class, or all; drawn as CoOp does")
     add("--seed", type=int, help="of every random draw (default: 1)")
-    add("--classes", choices=["all", "base"], help="base: train on the first half, test on base and new (default: all)")
+    add("--classes", choices=["all", "base"], help="base: train on the first half, test on base and new")
     add("--test-on", nargs="+", metavar="NAME", help="further datasets to test on, with their own names and templates")
     add("--template", help='prompt with {} for the class, such as "a photo of a {}."')
     add("--label-noise", type=float, metavar="X", help="share of the training labels that are made wrong (default: 0)")
@@ -364,7 +364,7 @@ def show(items: list[Item], classnames: list[str], path: str, columns=8, rows=6,
 def describe(name: str, found: dict, task: Task | None) -> None:
     """Counts per part and class, templates, and what a run with these flags trains and tests on."""
     parts = found["parts"] | {f"ood/{domain}": items for domain, items in found["ood"].items()}
-    print(f"{name}: {len(found['classnames'])} classes; images in {found['root']}, split from {found['origin']}")
+    print(f"{name}: {len(found['classnames'])} classes; from {found['root'] or 'code'}, split by {found['origin']}")
     print(f'template "{found["template"]}"; teacher "{found.get("teacher_template", found["template"])}"')
     if task:
         print(f"drawn: {len(task.train)} training and {len(task.val)} validation images; split {task.split}")

@@ -185,7 +185,8 @@ def find_images(name: str, spec: dict, data_root: str, download: bool) -> str:
     for folder in tried:
         if os.path.isdir(os.path.join(folder, spec.get("probe", "."))):
             return os.path.abspath(folder)
-    get = f"get {spec['published']}, and put the images into {os.path.join(tried[0], spec.get('probe', ''))}"
+    place = os.path.join(tried[0], spec.get("probe", "")).rstrip(os.sep)
+    get = f"get {spec['published']}, and put the images into {place}"
     if not download:
         or_so = " (or add --download)" if "download" in spec else ""
         raise UserError(f"{name}: no images in {' or '.join(tried)}: {get}{or_so}")
@@ -364,6 +365,8 @@ def read_layout(name, data_root, download=False, train_domain=None, test_domain=
             homes = [os.path.dirname(root), root, *beside, data_root, os.path.join(data_root, "imagenet")]
         else:
             root, homes = os.path.abspath(os.path.expanduser(name.removeprefix("folder:"))), []
+            if not os.path.isdir(root):
+                raise UserError(f"{root} is no folder; it is to hold CLASS/*, or train/CLASS/* and test/CLASS/*")
         if of_domains:
             found = read_domains(name, spec, root, homes, train_domain, test_domain)
         elif spec["layout"] == "folder":

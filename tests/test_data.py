@@ -335,7 +335,7 @@ def test_imagenet(everything):
     assert (
         len(task.train) == 8 and task.val == [] and len(task.tests[0].items) == 12
     )  # no val draw; its val is our test
-    fails("no val image", "--test-part", name="imagenet", data_root=everything, test_part="val")
+    fails("no val images", "--test-part", name="imagenet", data_root=everything, test_part="val")
 
 
 def test_imagenet_variants_are_for_testing(everything):
@@ -557,7 +557,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     make_data.folder(tmp_path / "parts")
     make_data.images(tmp_path / "parts/test/zebra")
     fails("'zebra'", "training classes", name=f"folder:{tmp_path}/parts")
-    fails("no test image of new classes", name=f"folder:{one_class(tmp_path / 'one')}", classes="base")
+    fails("no test images of new classes", name=f"folder:{one_class(tmp_path / 'one')}", classes="base")
 
 
 def one_class(path):
@@ -792,6 +792,7 @@ def test_read_image_of_every_kind(tmp_path):
         assert np.asarray(data.read_image(str(tmp_path / name)))[0, :, 0].tolist() == [0, 1, 156, 255]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_images(tmp_path):
     make_data.images(tmp_path / "cat", 3)
     whole = (tmp_path / "cat/0.jpg").read_bytes()
