@@ -185,7 +185,18 @@ def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
     log(f"data: {task.name}, {names}, split {task.split[:12]}, template {task.template!r}")
     for note in task.notes:
         log(f"note: {note}")
+    args.trained_on = {"classnames": task.classnames, "template": task.template}  # for tools/use.py
     return task, clip
+
+
+def encode(args: argparse.Namespace, clip: Clip, items: list, transform, all_items: list, **which):
+    """Unit features [N, D] and labels [N]. If an image is broken, every broken one of `all_items` is named in one line."""
+    try:
+        x, labels = common.encode_images(clip, items, transform, args, **which)
+    except UserError:
+        bad = [f"{address}: {reason}" for address, reason in data.bad_images(all_items)]
+        raise UserError(f"{len(bad)} broken images; mend or remove them: " + "; ".join(bad)) from None
+    return F.normalize(x, dim=-1), labels
 
 
 def training_views(args: argparse.Namespace, clip: Clip, items: list):
@@ -193,21 +204,20 @@ def training_views(args: argparse.Namespace, clip: Clip, items: list):
     transform, fresh = data.train_transform(clip.preprocess, args.augment), args.augment != "none" and args.views == 0
 
     @functools.lru_cache(maxsize=1 if fresh else None)
-    def encode(view: int):
+    def encode_view(view: int):
         what = f"training images, view {view}"
-        x, labels = common.encode_images(clip, items, transform, args, view=view, keep=not fresh, what=what)
-        return F.normalize(x, dim=-1), labels
+        return encode(args, clip, items, transform, items, view=view, keep=not fresh, what=what)
 
-    return lambda epoch: encode(epoch if fresh else 0 if args.augment == "none" else epoch % args.views)
+    return lambda epoch: encode_view(epoch if fresh else 0 if args.augment == "none" else epoch % args.views)
 
 
 def encode_tests(args: argparse.Namespace, clip: Clip, task: data.Task) -> list[dict]:
     """For each test set: {test, x: unit features [N, D], labels [N], zero_shot: logits [N, C]}."""
-    rows = []
+    rows, every = [], task.train + [item for test in task.tests for item in test.items]
     for test in task.tests:
         what = f"{args.test_part} images of {test.name}, {test.domain or test.classes}"
-        x, labels = common.encode_images(clip, test.items, clip.preprocess, args, what=what)
-        x, classifier = F.normalize(x, dim=-1), common.zero_shot_classifier(clip, test.classnames, test.template)
+        x, labels = encode(args, clip, test.items, clip.preprocess, every, what=what)
+        classifier = common.zero_shot_classifier(clip, test.classnames, test.template)
         rows.append({"test": test, "x": x, "labels": labels, "zero_shot": clip.scale * x @ classifier.T})
     return rows
 
@@ -216,8 +226,8 @@ def validate(args: argparse.Namespace, clip: Clip, task: data.Task, logits_of) -
     """Accuracy (percent) of logits_of(unit features) on the validation part: for curves, it selects nothing."""
     if not task.val:
         raise UserError(f"--eval-every needs a validation part, and {task.name} has none")
-    x, labels = common.encode_images(clip, task.val, clip.preprocess, args, what="validation images")
-    return evaluate(logits_of(F.normalize(x, dim=-1)), labels)["accuracy"]
+    x, labels = encode(args, clip, task.val, clip.preprocess, task.val, what="validation images")
+    return evaluate(logits_of(x), labels)["accuracy"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,7 +277,7 @@ def open_baseline(args: argparse.Namespace, out: Path, method: str, **plain) -> 
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    return {key: value for key, value in vars(args).items() if key != "sources"}
+    return {key: value for key, value in vars(args).items() if key not in ("sources", "trained_on")}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -291,8 +301,10 @@ def finished(out: str | Path | None) -> dict | None:
 
 
 def save_checkpoint(out: Path, method: str, args, tensors: dict, epoch: int, optimizer=None) -> None:
-    """checkpoint.pt: learned tensors, settings and, while training goes on, the optimiser's state. No class count."""
+    """checkpoint.pt: learned tensors, settings and, while training goes on, the optimiser's state. No class count in a
+    tensor: names and template are a note, so that prediction works without the dataset."""
     state = {"method": method, "settings": settings_of(args), "epoch": epoch}
+    state["trained_on"] = getattr(args, "trained_on", None)
     state["tensors"] = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
