@@ -344,9 +344,8 @@ class ImageSet(torch.utils.data.Dataset):
 
 
 def image_loader(images: torch.utils.data.Dataset, workers: int, **batching) -> torch.utils.data.DataLoader:
-    """A DataLoader whose workers do not inherit locks that CUDA or threads may hold (hence not fork)."""
-    context = "forkserver" if workers else None
-    return torch.utils.data.DataLoader(images, num_workers=workers, multiprocessing_context=context, **batching)
+    """A DataLoader; short lists are decoded in this process, for starting another one costs more than 64 images do."""
+    return torch.utils.data.DataLoader(images, num_workers=min(workers, len(images) // 64), **batching)
 
 
 def autocast(clip: Clip, differentiate: bool = False):

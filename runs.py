@@ -190,12 +190,12 @@ def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
 
 
 def encode(args: argparse.Namespace, clip: Clip, items: list, transform, all_items: list, **which):
-    """Unit features [N, D] and labels [N]. If an image is broken, every broken one of `all_items` is named in one line."""
+    """Unit features [N, D] and labels [N]. If an image is broken, all broken ones of `all_items` are named at once."""
     try:
         x, labels = common.encode_images(clip, items, transform, args, **which)
-    except UserError:
+    except UserError as error:
         bad = [f"{address}: {reason}" for address, reason in data.bad_images(all_items)]
-        raise UserError(f"{len(bad)} broken images; mend or remove them: " + "; ".join(bad)) from None
+        raise UserError(f"{len(bad)} broken images, mend or remove them: {'; '.join(bad) or error}") from error
     return F.normalize(x, dim=-1), labels
 
 
@@ -352,10 +352,9 @@ def resume(out: Path, method: str, module: torch.nn.Module, optimizer) -> int:
 def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module, optimizer, line: dict) -> None:
     """Write the epoch to metrics.jsonl, and a checkpoint if it is the last or --checkpoint-seconds have passed."""
     path = out / "metrics.jsonl"
-    lines = (
-        path.read_text(encoding="utf-8").splitlines()[:epoch] if path.exists() else []
-    )  # drops an interrupted epoch's
-    write_atomic(path, "".join(text + "\n" for text in [*lines, json.dumps({"epoch": epoch, **line})]).encode())
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [*old[:epoch], json.dumps({"epoch": epoch, **line})]  # an interrupted run's later lines go
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
     last = out / "checkpoint.pt" if (out / "checkpoint.pt").exists() else out / "config.json"
     if epoch + 1 == args.epochs or time.time() - last.stat().st_mtime >= args.checkpoint_seconds:
         save_checkpoint(out, method, args, module.state_dict(), epoch + 1, optimizer)
@@ -381,8 +380,9 @@ def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows
     write_atomic(out / "predictions.npz", buffer.getvalue())
     result = {"schema": 1, "method": method} | {k: getattr(args, k) for k in ("dataset", "shots", "seed", "classes")}
     result |= {"model": clip.name, "pretrained": clip.pretrained, "split": task.split}
+    chosen = "best epoch on the validation part" if getattr(args, "select", "last") == "val" else "last step"
     result["protocol"] = {"template": task.template, "transform": args.augment, "n_train": len(task.train),
-                          "checkpoint": "last step", "tests": args.test_part, "precision": clip.precision,
+                          "checkpoint": chosen, "tests": args.test_part, "precision": clip.precision,
                           "activation": clip.activation}  # fmt: skip
     result |= {"tests": tests, "harmonic_mean": harmonic_means(tests)}
     seconds = {"load": common.SECONDS["load"], "encode": common.SECONDS["encode"]} | seconds
