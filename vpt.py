@@ -101,7 +101,7 @@ def sample_residual(mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor) -
 def kl_to_standard_normal(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)) as a mean, not a sum, over the last dimension (Eq. 4). [..., W] → [...], nats.
 
-    WHY expm1: near logvar = 0, where training starts and where the prior pulls, exp(logvar) - 1 would lose its digits.
+    WHY expm1: near logvar = 0, to where the prior pulls, exp(logvar) - 1 loses its digits.
     """
     # Eq. 4: KL = mean( (mu² + exp(logvar) - 1 - logvar) / 2 )
     return 0.5 * (mu.square() + logvar.expm1() - logvar).mean(dim=-1)
@@ -347,7 +347,7 @@ def announce(what: str, times: int, work) -> None:
 
 
 def class_logits(learner: PromptDistribution, clip: Clip, classnames: list[str], x: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [N, C] of unit image features x [N, D] (logits, too: softmax leaves them as they are)."""
+    """Log-probabilities [N, C] of unit image features x [N, D] among any class names; they serve as logits."""
     return predict(learner, clip, classnames, x)["tuned"]
 
 

@@ -527,3 +527,11 @@ def test_bf16_stays_near_fp32(quick, kind):
     flags = [*quick, "--no-compare", "--posterior", kind]
     exact, rough = (vpt.main([*flags, "--precision", precision]) for precision in ("fp32", "bf16"))
     assert rough["tests"][0]["tuned"]["nll"] == pytest.approx(exact["tests"][0]["tuned"]["nll"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_gives_the_figures_of_the_cpu(quick, kind):
+    flags = [*quick, "--no-compare", "--posterior", kind, "--precision", "fp32"]
+    cpu, gpu = (vpt.main([*flags, "--device", device]) for device in ("cpu", "cuda"))
+    assert gpu["tests"][0]["tuned"]["nll"] == pytest.approx(cpu["tests"][0]["tuned"]["nll"], rel=1e-3)
