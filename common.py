@@ -82,7 +82,7 @@ def load_clip(model: str = "toyclip", pretrained: str | None = None, device: str
     # decides; OpenAI's TorchScript archives are QuickGELU; for any other local file the model's name decides.
     weights, quick = {}, bool(config.get("quick_gelu"))
     plain = name.removesuffix("-quickgelu")
-    tag = None if os.path.exists(pretrained) else pretrained
+    tag = None if os.path.isfile(pretrained) else pretrained  # a folder called openai is no file
     if tag:
         entry = open_clip.get_pretrained_cfg(name, tag) or open_clip.get_pretrained_cfg(plain, tag)
         if not entry:
