@@ -3,7 +3,7 @@
 Axes, everywhere: B images in a batch, N images, C classes, D joint embedding width, W text-transformer width, M context
 tokens, P prefix tokens (SOS + context), S suffix tokens (class name, ".", EOT), G different prefixes, L samples.
 
-    python common.py --dataset toy_scenes_dark --model toyclip      # the zero-shot table of a dataset
+    python common.py --dataset toy_fillshapes_sketch --model toyclip      # the zero-shot table of a dataset
 """
 
 import collections

@@ -149,8 +149,8 @@ METHOD = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature": 1
           "csc": False, "class_position": "end", "batch_size": 32, "momentum": 0.9, "weight_decay": 5e-4}  # fmt: skip
 DEFAULTS = {
     # WHY another rate and length on toy data: toyclip's logit scale is far below CLIP's 100, so gradients are smaller.
-    "toy": METHOD | {"dataset": "toy_scenes_dark", "classes": "base", "model": "toyclip", "lr": 0.02, "epochs": 30,
-                     "augment": "none", "views": 1, "compare": True},
+    "toy": METHOD | {"dataset": "toy_fillshapes_sketch", "classes": "base", "model": "toyclip", "lr": 0.02,
+                     "epochs": 30, "augment": "none", "views": 1, "compare": True},
     "paper": METHOD | {"classes": "all", "model": "RN50", "pretrained": "openai", "lr": 0.002, "augment": "crop",
                        "views": 0, "compare": False, "epochs": {1: 50, 2: 100, 8: 200}},
     "fixed": {"n_ctx", "csc", "class_position"},  # a checkpoint cannot be read with other values of these

@@ -219,8 +219,8 @@ METHOD = {"posterior": "global", "samples": 10, "kl_weight": 0.001, "bound": "lo
 DEFAULTS = {
     # WHY other numbers on toy data: toyclip's logit scale is about 19 and not CLIP's 100, so gradients are smaller; and
     # 0.08 is the standard deviation over its token rows in use: residuals of that size leave the context readable.
-    "toy": METHOD | {"dataset": "toy_scenes_dark", "classes": "base", "model": "toyclip", "lr": 0.02, "epochs": 40,
-                     "batch_size": 8, "samples": 8, "residual_scale": 0.08, "augment": "none", "views": 1,
+    "toy": METHOD | {"dataset": "toy_fillshapes_sketch", "classes": "base", "model": "toyclip", "lr": 0.02,
+                     "epochs": 40, "batch_size": 8, "samples": 8, "residual_scale": 0.08, "augment": "none", "views": 1,
                      "compare": True},
     "paper": METHOD | {"classes": "all", "model": "ViT-B-16", "pretrained": "openai", "lr": 0.002, "epochs": 10,
                        "batch_size": 1, "residual_scale": 1.0, "augment": "crop", "views": 0, "compare": False},

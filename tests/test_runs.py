@@ -46,7 +46,7 @@ def test_no_flags_show_three_methods_on_base_and_new_classes():
 
 def test_run_folder_holds_what_design_says():
     result = prograd.main(QUICK)
-    out = Path("runs/prograd-toy_scenes_dark-2shot-seed1")
+    out = Path("runs/prograd-toy_fillshapes_sketch-2shot-seed1")
     names = {"config.json", "metrics.jsonl", "checkpoint.pt", "predictions.npz", "result.json", "baseline"}
     assert {path.name for path in out.iterdir()} == names
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
@@ -71,8 +71,8 @@ def test_same_command_same_figures_and_other_seed_other_figures():
     assert figures(first) == figures(again)
     assert first["split"] != other["split"] and first["tests"] != other["tests"]
     assert sorted(path.name for path in Path("runs").iterdir()) == [
-        "prograd-toy_scenes_dark-2shot-seed1", "prograd-toy_scenes_dark-2shot-seed1-2",
-        "prograd-toy_scenes_dark-2shot-seed2"]  # fmt: skip
+        "prograd-toy_fillshapes_sketch-2shot-seed1", "prograd-toy_fillshapes_sketch-2shot-seed1-2",
+        "prograd-toy_fillshapes_sketch-2shot-seed2"]  # fmt: skip
 
 
 def test_lambda_zero_is_the_same_under_either_rule_and_has_no_baseline():

@@ -1,6 +1,6 @@
 """Train the toy CLIP from nothing: the CLIP objective on freshly drawn (image, caption) pairs of the toy world.
 
-    python toyclip/pretrain.py                          writes toyclip/weights.safetensors
+    python toyclip/pretrain.py                          writes toyclip/weights.safetensors, in about 32 minutes
     python toyclip/pretrain.py --device cuda --workers 8
     python toyclip/pretrain.py --steps 150 --out /tmp/try.safetensors
 
@@ -258,13 +258,13 @@ def train(args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9000, help="training steps (9000)")
+    parser.add_argument("--steps", type=int, default=24000, help="training steps (24000)")
     parser.add_argument("--batch-size", type=int, default=128, help="pairs per step (128)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (0.002)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of all batches (0)")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument("--threads", type=int, default=None, help="torch's threads (as many as torch takes)")
-    parser.add_argument("--workers", type=int, default=0, help="extra processes that draw batches (0)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
+    parser.add_argument("--workers", type=int, default=1, help="extra processes that draw batches (1)")
     parser.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (500)")
     parser.add_argument("--out", type=Path, default=HERE / "weights.safetensors", help="file to write")
     return parser

@@ -434,29 +434,35 @@ PATTERNED = ["striped", "spotted", "hollow"]
 KINDS = {
     "shapes": class_list("{shape}", shape=SHAPES),
     "synonyms": [(SHAPE_SYNONYMS[shape][-1], fixed) for shape, fixed in class_list("{shape}", shape=SHAPES)],
-    "colorshapes": class_list("{color} {shape}", shape=SHAPES[:8], color=PRIMARY),
     "fillshapes": class_list("{fill} {shape}", shape=SHAPES[:8], fill=PATTERNED),
     "colorfills": class_list("{color} {fill} object", color=COLORS, fill=PATTERNED),
+    "colorshapes": class_list("{color} {shape}", shape=SHAPES[:8], color=PRIMARY),
     "sceneshapes": class_list("{shape} on {scene}", shape=SHAPES[:6], scene=["grass", "water", "sand", "wood"]),
-    "scenes": class_list("{color} {scene}", scene=SCENES, color=PRIMARY),  # odd: "red grass" has a red object on it
 }
-SMALL, TURNED = (0.26, 0.34), (0.6, 1.2)  # sizes at the lower end of pretraining's, angles beyond its end
-DOMAINS = {style: {"style": style} for style in STYLES}
-DOMAINS |= {f"{style}small": {"style": style, "scale": SMALL} for style in STYLES}
-DOMAINS |= {f"{style}rotated": {"style": style, "angle": TURNED} for style in STYLES}
+SMALL, TURNED = (0.26, 0.34), (0.6, 1.2)  # sizes at the lower end of pretraining's, angles (radians) beyond its end
 
 
 def make_task(kind, domain, **more_parts):
     classnames, classes = zip(*KINDS[kind])
     parts = {"train": 64, "val": 60, "test": 60} | more_parts
-    return ToyTask(list(classnames), "a photo of a {}.", parts, list(classes), DOMAINS[domain])
+    return ToyTask(list(classnames), "a photo of a {}.", parts, list(classes), domain)
 
 
-CANDIDATES = list(product(KINDS, DOMAINS))  # the tasks are chosen among these, by zero-shot accuracy alone
-TASKS = {f"toy_{kind}_{domain}": make_task(kind, domain) for kind, domain in CANDIDATES}
+# Chosen once the weights were final and before any method was run, by zero-shot accuracy on the val part alone: 45 to
+# 85 %, and six kinds of gap between what the CLIP was trained on and the task. Changing a name changes its images.
+TASKS = {
+    "toy_shapes_grainysmall": make_task("shapes", {"style": "grainy", "scale": SMALL}),  # noise
+    "toy_synonyms_paintingsmall": make_task("synonyms", {"style": "painting", "scale": SMALL}),  # odd class names
+    "toy_fillshapes_sketch": make_task("fillshapes", {"style": "sketch"}),  # a rare style
+    "toy_colorfills_dark": make_task("colorfills", {"style": "dark"}),  # bad light; attributes, not things
+    "toy_colorshapes_rotated": make_task(
+        "colorshapes", {"style": "photo", "angle": TURNED}
+    ),  # never seen turned so far
+    "toy_sceneshapes_grainyrotated": make_task("sceneshapes", {"style": "grainy", "angle": TURNED}),  # several at once
+}
 # Every class has its own scene, with probability `bias`: a shortcut that the two out-of-distribution parts take away.
 BIASED = "toy_shapes_biased"
-TASKS[BIASED] = make_task("shapes", "grainysmall", train=40, val=40, background=60, style=60)
+TASKS[BIASED] = make_task("shapes", {"style": "grainy", "scale": SMALL}, train=40, val=40, background=60, style=60)
 BLOCK = 60  # images are drawn this many at a time, whoever asks for which: so an index always means the same image
 
 
