@@ -39,10 +39,10 @@ class Case:
     def __init__(self, g: Recording, golden: GoldenWorld, dtype: torch.dtype = torch.float64):
         self.g, self.clip = g, golden.clip64() if dtype is torch.float64 else golden.clip()
         self.start, self.T = g["ctx_init"].to(dtype), g["T"].item()
-        towers = [(golden.clip(), golden.images32), (golden.clip_rn(), golden.images64)]
-        NB, B, _ = g["image_features_unnorm"].shape
-        features = [clip.model.encode_image(x.flatten(0, 1)) for clip, x in towers if x.shape[:2] == (NB, B)]
-        features = [rows.unflatten(0, (NB, B)) for rows in features]
+        features, (NB, B, _) = [], g["image_features_unnorm"].shape
+        for key, clip in (("images32", golden.clip), ("images64", golden.clip_rn)):
+            if key in golden.images and golden.images[key].shape[:2] == (NB, B):
+                features.append(clip().model.encode_image(golden.images[key].flatten(0, 1)).unflatten(0, (NB, B)))
         self.features = min(features, key=lambda rows: deviation(rows, g["image_features_unnorm"]))
         self.x = F.normalize(self.features, dim=-1)  # [NB, B, D]
 

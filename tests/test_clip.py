@@ -334,6 +334,30 @@ def test_load_clip_formats(small_models, tmp_path, name, suffix, kind):
     assert clip.preprocess(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
 
 
+def test_load_toyclip(tmp_path):
+    """Of the token table only the rows that captions use are stored; a name with another word is refused."""
+    open_clip.add_model_config(common.HERE / "toyclip" / "toyclip.json")
+    state = random_state("toyclip")
+    table = state["token_embedding.weight"]
+    ids = sorted({*open_clip.tokenize(["a photo of a red circle.", "a drawing of a blue star."]).flatten().tolist()})
+    state = {key: value for key, value in state.items() if key != "token_embedding.weight"}
+    state |= {"token_ids": torch.tensor(ids, dtype=torch.int32), "token_rows": table[ids]}
+    clip = common.load_clip("toyclip", save(state, tmp_path, "safetensors"))
+    assert torch.equal(clip.model.token_embedding.weight[ids], table[ids].float())
+    names = ["red star", "blue_circle"]
+    features = common.zero_shot_classifier(clip, names, "a drawing of a {}.")
+    tokens = clip.tokenizer([f"a drawing of a {name.replace('_', ' ')}." for name in names])
+    close(features, F.normalize(clip.model.encode_text(tokens), dim=-1), 1e-6)
+    with pytest.raises(
+        data.UserError, match="toyclip never saw 'submarine' of 'yellow submarine|'yellow' of"
+    ) as caught:
+        common.name_tokens(clip, ["red star", "yellow submarine"])
+    assert_one_line(caught)
+    del state["token_ids"]
+    with pytest.raises(data.UserError, match="cannot load"):
+        common.load_clip("toyclip", save(state, tmp_path, "safetensors"))
+
+
 @pytest.mark.parametrize("name, kind", [("ViT-B-16", "safetensors"), ("RN50", "archive")])
 def test_load_clip_real_sizes(tmp_path, name, kind):
     """Full-size architectures, weights from a local file: GELU by the model's name, QuickGELU for OpenAI's archive."""
@@ -610,8 +634,10 @@ def test_views_are_pure_functions_of_seed_view_and_position(clip, tmp_path):
 
 
 def test_order_does_not_depend_on_workers(clip):
-    alone, _ = encodes(clip, TOY, crop(clip), args_of("none"))
-    shared, _ = encodes(clip, TOY, crop(clip), args_of("none", workers=2))
+    items = TOY * 30  # three batches; every position has a crop of its own
+    assert common.image_loader(items, 2).num_workers == 2
+    alone, _ = encodes(clip, items, crop(clip), args_of("none"))
+    shared, _ = encodes(clip, items, crop(clip), args_of("none", workers=2))
     assert torch.equal(alone, shared)
 
 
