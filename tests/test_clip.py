@@ -348,9 +348,7 @@ def test_load_toyclip(tmp_path):
     features = common.zero_shot_classifier(clip, names, "a drawing of a {}.")
     tokens = clip.tokenizer([f"a drawing of a {name.replace('_', ' ')}." for name in names])
     close(features, F.normalize(clip.model.encode_text(tokens), dim=-1), 1e-6)
-    with pytest.raises(
-        data.UserError, match="toyclip never saw 'submarine' of 'yellow submarine|'yellow' of"
-    ) as caught:
+    with pytest.raises(data.UserError, match="toyclip never saw 'yellow' of 'yellow submarine.'") as caught:
         common.name_tokens(clip, ["red star", "yellow submarine"])
     assert_one_line(caught)
     del state["token_ids"]
