@@ -135,6 +135,8 @@ def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, p
     for layer, _ in layers:
         settings.update(layer)
     settings["dataset"] = dataset
+    if settings["model"] == "toyclip" and "pretrained" not in stored | typed:  # toyclip on your own images
+        settings["pretrained"] = None
     shots = math.inf if settings["shots"] == "all" else settings["shots"]
     for key, value in settings.items():
         if isinstance(value, dict):
