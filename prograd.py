@@ -117,7 +117,7 @@ class PromptLearner(torch.nn.Module):
         at = torch.zeros_like(eot)
         if self.position == "front":  # [SOS, name, context, ".", EOT]; a "." that BPE fused with the name stays there
             stop = common.embed(self.clip, [self.clip.tokenizer.encode(".")])[0][0]  # [1, W]
-            at = eot - (suffix[torch.arange(C), eot - 1] == stop).all(dim=-1).long()
+            at = eot - (suffix[torch.arange(C, device=eot.device), eot - 1] == stop).all(dim=-1).long()
         slot = (
             torch.arange(S + M, device=eot.device).expand(C, -1) - at[:, None]
         )  # [C, S + M], 0 at the context's first slot
