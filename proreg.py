@@ -238,8 +238,8 @@ def train(args, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
     scaler.load_state_dict(optimizer.param_groups[0].get("scaler") or scaler.state_dict())
     classifier, table = F.normalize(text, dim=-1), None  # the teacher's, [C, D]
     if args.augment == "none" and args.loss != "ce":  # it sees the same images in every epoch: one pass is enough
-        x, _ = common.encode_images(clip, task.train, clip.preprocess, args, what="training images, for the teacher")
-        table = clip.scale * F.normalize(x.to(text), dim=-1) @ classifier.T  # [N, C]
+        x, _ = runs.encode(args, clip, task.train, clip.preprocess, task.train, what="training images")  # [N, D], unit
+        table = clip.scale * x.to(text) @ classifier.T  # [N, C]
     N, steps = len(task.train), -(-len(task.train) // args.batch_size)  # steps an epoch, the partial batch too
     for epoch in range(first, args.epochs):
         order, stream = draw_epoch(args, clip, task, epoch)
@@ -353,14 +353,14 @@ def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test)
     return learner(x, prompt_features(clip, test.classnames, test.template)), labels
 
 
-def evaluate(args, clip: Clip, task: data.Task, learner: PromptedClassifier, tests: list[dict]) -> list[dict]:
+def evaluate(args, clip: Clip, learner: PromptedClassifier, tests: list[dict]) -> list[dict]:
     """The rows of `tests` with the tuned model's logits, and in "extra" the measures of every ensemble and mixture."""
     tuned, mixtures = [tuned_logits(args, clip, learner, row["test"])[0] for row in tests], {}
     for A in args.ensemble:
         # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
         mixtures[f"ensemble {A:g}"] = [(1 - A) * t + A * row["zero_shot"] for t, row in zip(tuned, tests)]
     for A in args.wise_ft:
-        text = prompt_features(clip, learner.classnames, task.template)
+        text = prompt_features(clip, **args.trained_on)
         mixed, start = copy.deepcopy(learner), PromptedClassifier(clip, learner.classnames, text)
         for value, zero_shot in zip(mixed.state_dict().values(), start.state_dict().values(), strict=True):
             if value.is_floating_point():
@@ -379,7 +379,7 @@ def fit(args, clip: Clip, task: data.Task, tests: list[dict], out: Path, baselin
         return result
     start, encoded = time.time(), common.SECONDS["encode"]
     learner = read_learner(args.checkpoint, clip) if args.eval_only else train(args, clip, task, out)
-    trained, rows = time.time(), evaluate(args, clip, task, learner, tests)
+    trained, rows = time.time(), evaluate(args, clip, learner, tests)
     if common.rank() > 0:
         return {}
     rows = [row | {"baseline": baseline and baseline["tests"][i]["tuned"]} for i, row in enumerate(rows)]
@@ -393,7 +393,7 @@ def fit(args, clip: Clip, task: data.Task, tests: list[dict], out: Path, baselin
 def read_learner(path: str, clip: Clip) -> PromptedClassifier:
     """The tuned encoder and classifier of a run folder or checkpoint."""
     state = runs.load_checkpoint(path, "proreg")
-    names, head = state["settings"]["classnames"], state["settings"]["head"]
+    names, head = state["trained_on"]["classnames"], state["settings"]["head"]
     learner = PromptedClassifier(clip, names, torch.zeros(len(names), clip.dim, device=clip.device), head)
     runs.restore(learner, state["tensors"], path)
     return learner
@@ -426,16 +426,16 @@ def main(argv: list[str] | None = None) -> dict:
         return result
     if args.train_bn and (common.world_size() > 1 or args.accumulate > 1):
         raise UserError("--train-bn: batch statistics need the whole batch at once; use one process, no --accumulate")
-    args.sources.pop("classnames", None)  # of a stored run: too long to print
     task, clip = runs.prepare(args)
     if (args.select == "val" or args.eval_every) and not (task.val or args.eval_only):
         raise UserError(f"{task.name} has no validation part: leave out --select val and --eval-every")
-    args.classnames = args.classnames if args.eval_only else task.classnames  # which class each row of t belongs to
-    if args.head == "mlp" and (args.wise_ft or any(set(t.classnames) - set(args.classnames) for t in task.tests)):
+    if args.eval_only:  # the names that the classifier's rows belong to
+        args.trained_on = runs.load_checkpoint(args.checkpoint, "proreg")["trained_on"]
+    trained = set(args.trained_on["classnames"])
+    if args.head == "mlp" and (args.wise_ft or any(set(test.classnames) - trained for test in task.tests)):
         raise UserError("--head mlp has no prompt: no --wise-ft, no unseen classes (--classes base, --test-on)")
     out = runs.open_run(args, "proreg")
     tests, compare = runs.encode_tests(args, clip, task), args.compare and args.loss != "ce"
-    # The baseline has the same start, batches and rate.
     plain = runs.open_baseline(args, out, "proreg", loss="ce", alpha=0.0) if compare else None
     baseline = fit(plain, clip, task, tests, Path(plain.out_dir)) if plain else None
     result = fit(args, clip, task, tests, out, baseline)

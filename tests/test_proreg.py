@@ -1,10 +1,12 @@
 """ProReg: equations, model, training against a loop written independently, runs, evaluation. CPU, offline."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import processes_worker as worker
 import pytest
 import torch
@@ -13,6 +15,7 @@ import common
 import data
 import proreg
 import runs
+from data import UserError
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -279,3 +282,257 @@ def test_images_that_stay_the_same_need_the_teacher_once(photos, tmp_path):
         worker.float64_train(photos, tmp_path / "c", "--augment", "crop", "--loss", "ce")
         assert len(calls) == 3 * 3  # ordinary fine-tuning has no teacher
     close(kept.state_dict(), looked.state_dict(), 1e-6)  # kept in float32
+
+
+@pytest.mark.parametrize("augment", ["none", "randaugment"])
+def test_parts_of_a_batch_change_nothing(photos, tmp_path, augment):
+    flags = ["--augment", augment, "--batch-size", "7"]
+    whole = worker.float64_train(photos, tmp_path / "1", *flags)
+    parts = worker.float64_train(photos, tmp_path / "3", *flags, "--accumulate", "3")
+    close(parts.state_dict(), whole.state_dict(), 1e-9)
+
+
+def test_views_are_used_in_turn(photos):
+    def images(epoch: int, *flags: str) -> torch.Tensor:
+        args = worker.settings(photos, "--augment", "randaugment", *flags)
+        task, clip = data.load_from_args(args), common.load_clip("toyclip", worker.WEIGHTS)
+        order, stream = proreg.draw_epoch(args, clip, task, epoch)
+        seen = {int(i): image for parts in stream for batch in parts for image, _, i in zip(*batch)}
+        assert sorted(seen) == list(range(10)) and [len(batch) for batch in order] == [4, 4, 2]
+        return torch.stack([seen[i] for i in range(10)])
+
+    fresh = [images(epoch) for epoch in range(3)]
+    assert torch.equal(fresh[0], images(0)) and not torch.equal(fresh[0], fresh[2])
+    assert not torch.equal(fresh[0], images(0, "--seed", "2"))
+    two = [images(epoch, "--views", "2") for epoch in range(3)]
+    assert torch.equal(two[0], two[2]) and not torch.equal(two[0], two[1])
+
+
+def test_zero_shot_clip_stays_as_it_was(photos, tmp_path):
+    args = worker.settings(photos, "--out-dir", str(tmp_path / "run"), "--epochs", "1")
+    task, clip = runs.prepare(args)
+    before = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
+    learner = proreg.train(args, clip, task, runs.open_run(args, "proreg"))
+    assert same(before, clip.model.state_dict())
+    # All of the encoder but batch norm's running statistics has moved, and so has the classifier.
+    moved = {n for n, t in learner.visual.state_dict().items() if not torch.equal(t, before[f"visual.{n}"])}
+    assert moved == {name for name, _ in learner.visual.named_parameters()}
+    assert not torch.equal(learner.logit_scale, before["logit_scale"])
+
+
+def test_batch_norm(photos, tmp_path):
+    learner = worker.float64_train(photos, tmp_path / "run", "--train-bn", "--epochs", "1")
+    start = worker.float64_clip().model.visual.state_dict()
+    running = [name for name in start if "running_mean" in name]
+    assert running and not any(torch.equal(learner.visual.state_dict()[name], start[name]) for name in running)
+    for more in (["--accumulate", "2"],):
+        with pytest.raises(UserError, match="--train-bn"):
+            proreg.main(worker.flags(photos, "--train-bn", *more))
+
+
+@pytest.mark.parametrize("head", ["text", "mlp"])
+def test_linear_probe(photos, tmp_path, head):
+    learner = worker.float64_train(photos, tmp_path / "run", "--train", "head", "--head", head, "--epochs", "1")
+    assert same(learner.visual.state_dict(), worker.float64_clip().model.visual.state_dict())
+    start = torch.zeros(4, 64, dtype=torch.float64)
+    untrained = proreg.PromptedClassifier(worker.float64_clip(), list("abcd"), start, head).state_dict()
+    heads = [name for name in untrained if not name.startswith("visual.")]
+    assert heads and not any(torch.equal(learner.state_dict()[name], untrained[name]) for name in heads)
+
+
+def test_the_loss_falls(photos, tmp_path):
+    for loss in ("proreg", "kd", "ce"):
+        more = ["--augment", "none", "--lr", "1e-4", "--epochs", "8", "--label-noise", "0.5", "--loss", loss]
+        worker.float64_train(photos, tmp_path / loss, *more)
+        lines = metrics(tmp_path / loss)
+        assert lines[-1]["loss"] < lines[0]["loss"] - 0.01
+
+
+def test_max_steps(photos, tmp_path):
+    worker.float64_train(photos, tmp_path / "four", "--max-steps", "4")
+    assert len(metrics(tmp_path / "four")) == 2  # three steps and one
+
+
+def test_a_number_that_is_not_finite_stops_the_run(photos, capsys):
+    with pytest.raises(SystemExit) as stop:
+        runs.run(lambda: proreg.main(worker.flags(photos, "--lr", "1e12", "--out-dir", "run")))
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "is not finite in epoch" in error and len(error.splitlines()) == 1
+    assert not Path("run/result.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Runs
+# ----------------------------------------------------------------------------------------------------------------------
+def run(photos, out: str, *more: str) -> dict:
+    return proreg.main(worker.flags(photos, "--out-dir", out, *more))
+
+
+def test_run(photos):
+    """Folder, result, log; ensembles and mixtures end where they should; evaluation alone gives the same numbers."""
+    mixtures = ["--ensemble", "0", "0.5", "1", "--wise-ft", "0", "0.5", "1"]
+    result = run(photos, "run", "--compare", *mixtures)
+    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "predictions.npz", "result.json", "baseline"}
+    assert {path.name for path in Path("run").iterdir()} == names
+    assert [(test["domain"], test["n"]) for test in result["tests"]] == [(None, 12), ("background", 12), ("style", 12)]
+    assert result["protocol"]["checkpoint"] == "last step" and result["harmonic_mean"]["of"] == "ID/mean OOD"
+    accuracy = [test["tuned"]["accuracy"] for test in result["tests"]]
+    expected = common.harmonic_mean(accuracy[0], sum(accuracy[1:]) / 2)
+    assert result["harmonic_mean"]["tuned"] == pytest.approx(expected)
+    for test in result["tests"]:
+        extra = test["extra"]
+        assert list(extra) == [f"{kind} {share}" for kind in ("ensemble", "wise-ft") for share in ("0", "0.5", "1")]
+        for end, key in (("0", "tuned"), ("1", "zero_shot")):
+            assert extra[f"ensemble {end}"] == pytest.approx(test[key], abs=1e-4)
+            assert extra[f"wise-ft {end}"] == pytest.approx(test[key], abs=1e-4)
+        assert extra["ensemble 0.5"]["nll"] != pytest.approx(extra["wise-ft 0.5"]["nll"], abs=1e-4)
+    lines = metrics("run")
+    assert [line["epoch"] for line in lines] == [0, 1, 2] and 0 <= lines[0]["train_accuracy"] <= 100
+    ordinary = metrics("run/baseline")
+    assert ordinary[0]["loss_ce"] == ordinary[0]["loss"] and lines[0]["loss_ce"] != lines[0]["loss"]
+    for line in lines:
+        quantiles = [line[f"w_{q}"] for q in (10, 25, 50, 75, 90)]
+        assert 0 <= quantiles[0] and quantiles == sorted(quantiles) and quantiles[-1] < 1
+        assert quantiles[0] <= line["w_mean"] <= quantiles[-1] or line["w_above_half"] in (0, 1)
+    assert "w_mean" not in ordinary[0]
+    assert not any(
+        key in json.loads(Path("run/config.json").read_text())["settings"] for key in ("classnames", "sources")
+    )
+
+    plain = run(photos, "plain", "--loss", "ce", "--no-compare")
+    assert same(tensors("plain"), tensors("run/baseline"))
+    for ours, theirs in zip(result["tests"], plain["tests"]):
+        assert ours["baseline"] == theirs["tuned"] and theirs["baseline"] is None
+
+    again = proreg.main(["--eval-only", "--checkpoint", "run", "--out-dir", "again", "--cache-dir", "none"])
+    assert [test["tuned"] for test in again["tests"]] == [test["tuned"] for test in result["tests"]]
+    assert [test["extra"] for test in again["tests"]] == [test["extra"] for test in result["tests"]]
+    assert [test["baseline"] for test in again["tests"]] == [test["baseline"] for test in result["tests"]]
+
+
+@pytest.mark.parametrize("more", [[], ["--select", "val", "--augment", "none", "--no-compare"]])
+def test_resume_is_bitwise_equal(photos, more):
+    flags = ["--augment", "randaugment", "--epochs", "4", "--compare", "--accumulate", "2", *more]
+    whole = run(photos, "whole", *flags)
+    saved, save, parts = [], runs.end_epoch, None
+
+    def killed(args, out, *rest):
+        save(args, out, *rest)
+        saved.append(out)
+        if len(saved) in (2, 5):  # where there is a baseline: once in it, once after it
+            raise KeyboardInterrupt
+
+    with mock.patch("runs.end_epoch", killed):
+        for resume in ([], ["--resume"], ["--resume"]):
+            with contextlib.suppress(KeyboardInterrupt):
+                parts = run(photos, "parts", *flags, *resume)
+    assert parts
+    for out in ["", "baseline"][: 2 - ("--no-compare" in more)]:
+        assert same(tensors(Path("whole", out)), tensors(Path("parts", out)))
+        assert metrics(Path("whole", out)) == metrics(Path("parts", out))
+    assert whole["tests"] == parts["tests"]
+
+
+def test_select_val(photos):
+    result = run(photos, "run", "--select", "val", "--no-compare", "--epochs", "5", "--lr", "1e-2")
+    assert result["protocol"]["checkpoint"] == "best epoch on the validation part"
+    assert not Path("run/best").exists()
+    accuracy = [line["val_accuracy"] for line in metrics("run")]
+    best = accuracy.index(max(accuracy))
+    again = run(photos, "again", "--no-compare", "--epochs", "5", "--lr", "1e-2", "--max-steps", str(3 * (best + 1)))
+    assert same(tensors("run"), tensors("again"))  # the weights after that epoch
+    assert [test["tuned"] for test in result["tests"]] == [test["tuned"] for test in again["tests"]]
+
+
+def test_unseen_classes(photos):
+    """New class names meet the tuned encoder with their zero-shot text features; the MLP head has none to meet."""
+    result = run(photos, "run", "--classes", "base", "--no-compare")
+    base, new = (next(t for t in result["tests"] if t["classes"] == kind) for kind in ("base", "new"))
+    assert result["tests"][0] is base and result["harmonic_mean"]["of"] == "base/new"
+    assert new["tuned"] != new["zero_shot"]
+    args = worker.settings(photos, "--classes", "base")
+    task, clip = runs.prepare(args)
+    learner = proreg.read_learner("run", clip).eval()
+    test = next(t for t in task.tests if t.classes == "new")
+    images = torch.stack([clip.preprocess(data.read_image(address)) for address, _ in test.items])
+    with torch.no_grad():
+        text = clip.model.encode_text(clip.tokenizer([test.template.format(name) for name in test.classnames]))
+        expected = learner.logit_scale.exp() * cosines(learner, images, text)
+        ours, _ = proreg.tuned_logits(args, clip, learner, test)
+    assert torch.allclose(ours, expected, atol=1e-3)
+    for flags in (["--classes", "base"], ["--wise-ft", "0.5"]):
+        with pytest.raises(UserError, match="--head mlp"):
+            run(photos, "mlp", "--head", "mlp", *flags)
+    assert not Path("mlp").exists()
+
+
+def test_test_sets_with_some_of_the_classes(photos):
+    """ImageNet-A and -R name some of ImageNet's classes: the learned rows of these answer, in the test's order."""
+    args = worker.settings(photos)
+    task, clip = runs.prepare(args)
+    text = proreg.prompt_features(clip, task.classnames, task.template)
+    learner = proreg.PromptedClassifier(clip, task.classnames, text + torch.randn_like(text))
+    whole, part = task.tests[0], data.Test("part", None, "all", [task.classnames[2], task.classnames[0]], "{}", [])
+    part.items = [(address, {2: 0, 0: 1}[label]) for address, label in whole.items if label in (0, 2)]
+    keep = [i for i, (_, label) in enumerate(whole.items) if label in (0, 2)]
+    expected = proreg.tuned_logits(args, clip, learner, whole)[0][keep][:, [2, 0]]
+    assert torch.allclose(proreg.tuned_logits(args, clip, learner, part)[0], expected, atol=1e-4)
+
+
+def test_mlp_head_and_kd_run(photos):
+    mlp = run(photos, "mlp", "--head", "mlp", "--no-compare", "--ensemble", "0.5", "--epochs", "2")
+    assert np.isfinite(mlp["tests"][0]["tuned"]["nll"]) and "cls_head.0.weight" in tensors("mlp")
+    kd = run(photos, "kd", "--loss", "kd", "--no-compare", "--epochs", "2")
+    assert kd["settings"]["alpha"] == 0.5
+    assert metrics("kd")[0]["w_mean"] > 0
+
+
+def test_bf16(photos):
+    """Training in mixed precision: what is learned stays fp32, and comes out close to fp32's."""
+    learned = {}
+    for precision in ("fp32", "bf16"):
+        run(photos, precision, "--precision", precision, "--no-compare", "--epochs", "1", "--lr", "1e-4")
+        learned[precision] = tensors(precision)
+        assert all(t.dtype == torch.float32 for t in learned[precision].values() if t.is_floating_point())
+    assert not same(*learned.values())
+    assert (learned["fp32"]["text_features"] - learned["bf16"]["text_features"]).abs().max() < 1e-3
+    with pytest.raises(UserError, match="fp16"):
+        run(photos, "fp16", "--precision", "fp16")
+
+
+def settings(*flags: str):
+    return runs.settle(proreg.build_parser(), list(flags), "proreg", proreg.DEFAULTS, proreg.paper_exceptions)
+
+
+def test_settings_of_the_release():
+    args = settings("--dataset", "pacs")
+    released = {"lr": 1e-5, "head_lr_factor": 100.0, "betas": [0.9, 0.98], "weight_decay": 0.01, "batch_size": 256}
+    released |= {"epochs": 10, "augment": "randaugment", "power": 10.0, "temperature": 1.0, "warmup": 0.1}
+    released |= {"model": "ViT-B-32", "pretrained": "openai", "shots": "all", "classes": "all"}
+    assert released == {key: getattr(args, key) for key in released}
+    for dataset, alpha in {"bar": 1.0, "nico_animal": None, "nico_vehicle": 1.5, "pacs": None}.items():
+        assert settings("--dataset", dataset, "--paper").alpha == alpha  # None: the default, 2
+        assert settings("--dataset", dataset).alpha is None
+        assert settings("--dataset", dataset, "--paper", "--alpha", "3").alpha == 3
+    assert proreg.ALPHA["proreg"]["paper"] == 2.0 and proreg.ALPHA["kd"]["paper"] == 0.5
+    assert settings("--dataset", "nico_animal", "--paper", "--loss", "kd").alpha == 0.9
+
+
+def test_no_flags_mean_the_toy_world():
+    args = settings()
+    assert (args.dataset, args.model, args.shots, args.classes) == ("toy_shapes_biased", "toyclip", "all", "all")
+    assert args.compare and args.power == 1.0 and not args.train_bn
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_gpu(photos, precision):
+    """Mixed precision on a GPU trains, resumes and comes out near the CPU's fp32."""
+    more = ["--no-compare", "--lr", "1e-4", "--augment", "randaugment"]
+    run(photos, "cpu", *more)
+    device = ["--device", "cuda", "--precision", precision]
+    run(photos, "gpu", *more, *device)
+    state = torch.load("gpu/checkpoint.pt", weights_only=True)["tensors"]
+    assert all(t.isfinite().all() and t.dtype == torch.float32 for t in state.values() if t.is_floating_point())
+    close({"t": state["text_features"]}, {"t": tensors("cpu")["text_features"]}, 1e-2)
