@@ -238,6 +238,10 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
 @torch.no_grad()
 def class_logits(learner: PromptLearner, clip: Clip, classnames: list[str], x: torch.Tensor) -> torch.Tensor:
     """Logits [N, C] of unit image features x [N, D] among any class names."""
+    if learner.context.dim() == 3 and len(learner.context) != len(classnames):
+        raise UserError(
+            f"--csc learned contexts for {len(learner.context)} classes, and {len(classnames)} are asked for"
+        )
     with common.autocast(clip):
         text = learner(common.name_tokens(clip, classnames, learner.context.shape[-2]))
     return clip.scale * x @ F.normalize(text.float(), dim=-1).T
@@ -264,7 +268,11 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
 def read_learner(path: str, clip: Clip) -> PromptLearner:
     """The trained prompt of a run folder or checkpoint, ready for any class names."""
     state = runs.load_checkpoint(path, "prograd")
-    return PromptLearner(clip, state["tensors"]["context"].to(clip.device), state["settings"]["class_position"])
+    settings, classes = state["settings"], state["tensors"]["context"].shape[:-2]  # [], with --csc [C]
+    empty = torch.zeros(*classes, settings["n_ctx"], clip.width, device=clip.device)
+    learner = PromptLearner(clip, empty, settings["class_position"])
+    runs.restore(learner, state["tensors"], path)
+    return learner
 
 
 # ----------------------------------------------------------------------------------------------------------------------
