@@ -401,7 +401,8 @@ def read_learner(path: str, clip: Clip, args: argparse.Namespace | None = None) 
     settings may differ in seed and --eval-samples."""
     state = runs.load_checkpoint(path, "vpt")
     settings = args or argparse.Namespace(**state["settings"])
-    learner = new_learner(settings, clip, state["tensors"]["context"].to(clip.device))
+    empty = torch.zeros(len(state["tensors"]["context"]), clip.width, device=clip.device)
+    learner = new_learner(settings, clip, empty)
     runs.restore(learner, state["tensors"], path)
     return learner
 
