@@ -16,9 +16,11 @@ containers, and the optimiser and the scheduler, for which an inert stand-in is 
 import collections
 import math
 import pickletools
+import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
@@ -64,17 +66,17 @@ def names_in_pickle(file) -> set[str]:
     return names
 
 
-def names_in(path: Path) -> set[str]:
-    """All global names in a file of torch.save, of the zip format or of the one before PyTorch 1.6."""
+def names_in(path: Path) -> Iterator[set[str]]:
+    """The names in each pickle of a file of torch.save, of the zip format or of the one before PyTorch 1.6."""
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:  # four pickles: a magic number, a version, the system, the content
-            return set().union(*(names_in_pickle(file) for _ in range(4)))
+            yield from (names_in_pickle(file) for _ in range(4))
+        return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if sum(e.file_size for e in entries) > MAX_BYTES or any(e.compress_type for e in entries):
             raise UserError("it is a compressed or oversized archive, which torch.save never writes")
-        pickles = [archive.open(entry) for entry in entries if entry.filename.endswith(".pkl")]
-        return set().union(*map(names_in_pickle, pickles))
+        yield from (names_in_pickle(archive.open(entry)) for entry in entries if entry.filename.endswith(".pkl"))
 
 
 def read_foreign(path: str | Path) -> dict:
@@ -85,12 +87,12 @@ def read_foreign(path: str | Path) -> dict:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"it has over {MAX_BYTES:,} bytes, far too many for a prompt")
-        names = names_in(path)
-        stubs = {name for name in names if name.startswith(SKIPPED)}
-        for name in sorted(names - stubs - ALLOWED - set(CONTAINERS)):
-            if not (name.startswith("torch.") and name.endswith("Storage")):
+        safe = [(make, name) for name, make in CONTAINERS.items()]
+        for name in (name for names in names_in(path) for name in sorted(names)):
+            if name.startswith(SKIPPED):
+                safe.append((Inert, name))
+            elif not (name in ALLOWED or name in CONTAINERS or re.fullmatch(r"torch\.(storage\.)?\w+Storage", name)):
                 raise UserError(f"it refers to {name}, which a checkpoint has no need of")
-        safe = [(Inert, name) for name in stubs] + [(make, name) for name, make in CONTAINERS.items()]
         with torch.serialization.safe_globals(safe), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
