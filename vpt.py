@@ -45,7 +45,7 @@ which we follow)
  2. KL: the paper's is a sum over dimensions with weight 1; the code takes the mean, times 0.001. --kl-weight W is the
     paper's.
  3. The code's std_posterior is a log-variance, drawn from Uniform[0, 1]: σ starts at 1 to 1.65, and the prior keeps it
-    there. That is 50 to 80 times a token of CLIP's, 12 to 20 times one of toyclip's. --residual-scale is ours; 1 is
+    there. That is 50 to 80 times a token of CLIP's, 5 to 8 times one of toyclip's. --residual-scale is ours; 1 is
     the released code.
  4. Image posterior: the paper has two layers with two heads, the code two separate networks of three layers (so have
     we).
@@ -217,10 +217,10 @@ def training_noise(args: argparse.Namespace, clip: Clip, epoch: int, step: int, 
 METHOD = {"posterior": "global", "samples": 10, "kl_weight": 0.001, "bound": "log-mean", "ctx_init": "a photo of a",
           "logvar_init": [0.0, 1.0], "momentum": 0.9, "weight_decay": 5e-4}  # fmt: skip
 DEFAULTS = {
-    # WHY other numbers on toy data: toyclip's logit scale is about 19 and not CLIP's 100, so gradients are smaller; and
-    # 0.08 is the standard deviation over its token rows in use: residuals of that size leave the context readable.
+    # WHY other numbers on toy data: toyclip's logit scale is 21 and not CLIP's 100, so gradients are smaller; and
+    # 0.2 is the standard deviation over its token rows in use: residuals of that size leave the context readable.
     "toy": METHOD | {"dataset": "toy_fillshapes_sketch", "classes": "base", "model": "toyclip", "lr": 0.02,
-                     "epochs": 40, "batch_size": 8, "samples": 8, "residual_scale": 0.08, "augment": "none", "views": 1,
+                     "epochs": 40, "batch_size": 8, "samples": 8, "residual_scale": 0.2, "augment": "none", "views": 1,
                      "compare": True},
     "paper": METHOD | {"classes": "all", "model": "ViT-B-16", "pretrained": "openai", "lr": 0.002, "epochs": 10,
                        "batch_size": 1, "residual_scale": 1.0, "augment": "crop", "views": 0, "compare": False},
