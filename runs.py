@@ -485,12 +485,16 @@ def run(main) -> None:
         return
     except KeyboardInterrupt:
         status, text = 130, "interrupted; the same command with --resume --out-dir and the run's folder goes on"
-    except UserError as error:
-        status, text = 2, str(error)
+    except UserError as error:  # from a process that decodes images it comes with a traceback above its last line
+        status, text = 2, str(error).strip().splitlines()[-1].split("UserError: ")[-1]
     except FloatingPointError as error:
         status, text = 1, str(error)
     except torch.OutOfMemoryError:
         status, text = 1, "out of GPU memory: try a smaller --memory-gb or --batch-size"
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        status, text = 1, "stopped because another process did: see its own message"
     except OSError as error:
         status, text = 1, f"{error.strerror or error}: {error.filename or 'while writing'}"
     print(f"error: {text}", file=sys.stderr)
