@@ -1,6 +1,7 @@
 """ProReg: equations, model, training against a loop written independently, runs, evaluation. CPU, offline."""
 
 import contextlib
+import functools
 import json
 import math
 from pathlib import Path
@@ -483,7 +484,8 @@ def test_test_sets_with_some_of_the_classes(photos):
 def test_mlp_head_and_kd_run(photos):
     mlp = run(photos, "mlp", "--head", "mlp", "--no-compare", "--ensemble", "0.5", "--epochs", "2")
     assert np.isfinite(mlp["tests"][0]["tuned"]["nll"]) and "cls_head.0.weight" in tensors("mlp")
-    kd = run(photos, "kd", "--loss", "kd", "--no-compare", "--epochs", "2")
+    kd = run(photos, "kd", "--loss", "kd", "--no-compare", "--epochs", "2", "--eval-every", "2")
+    assert ["val_accuracy" in line for line in metrics("kd")] == [False, True]
     assert kd["settings"]["alpha"] == 0.5
     assert metrics("kd")[0]["w_mean"] > 0
 
@@ -499,6 +501,28 @@ def test_bf16(photos):
     assert (learned["fp32"]["text_features"] - learned["bf16"]["text_features"]).abs().max() < 1e-3
     with pytest.raises(UserError, match="fp16"):
         run(photos, "fp16", "--precision", "fp16")
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**127])
+def test_gradient_scaler(photos, tmp_path, scale):
+    """fp16's scaler, here on fp32 gradients: it changes nothing; steps that overflow are skipped."""
+    more = ["--augment", "randaugment", "--epochs", "6", "--lr", "1e-4"]
+    learned, scaler = {}, functools.partial(torch.amp.GradScaler, init_scale=scale)
+    for name, precision in (("plain", "fp32"), ("scaled", "fp16")):
+        args = worker.settings(photos, *more, "--out-dir", str(tmp_path / name))
+        task, clip = runs.prepare(args)
+        args.precision = precision  # the scaler's; the tower computes in fp32
+        with mock.patch("torch.amp.GradScaler", scaler):
+            learner = proreg.train(args, clip, task, runs.open_run(args, "proreg"))
+        learned[name] = learner.state_dict()
+    state = torch.load(tmp_path / "scaled/checkpoint.pt", weights_only=True)["optimizer"]
+    kept, steps = state["param_groups"][0]["scaler"]["scale"], state["state"][0]["step"].item()
+    if scale == 2.0**16:
+        assert kept == scale and steps == 18
+        close(learned["scaled"], learned["plain"], 1e-3)
+    else:
+        assert 1 < kept < scale and 0 < steps < 18
+    assert all(tensor.isfinite().all() for tensor in learned["scaled"].values())
 
 
 def settings(*flags: str):
