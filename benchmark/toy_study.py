@@ -28,14 +28,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]  # as a script, and in the worker processes
 
-SEEDS, FEW_SEEDS, CHOICE_SEEDS = [1, 2, 3, 4, 5], [1, 2, 3], [1, 2]
+SEEDS, FEW_SEEDS, CHOICE_SEEDS = [1, 2, 3, 4, 5], [1, 2, 3], [1]
 RATES, EPOCHS = [0.005, 0.02, 0.08], [10, 30, 100]
 PROGRAD = {"CoOp": {"lam": 0}, "ProGrad": {"lam": 1}, "CE + KL": {"rule": "add", "lam": 1}}
 # Pairs of a distribution and its deterministic base share rate and epochs. L = 4 for the image posterior: it costs
 # L prompts an image and class.
-VPT = {"global": {"samples": [8, 0], "epochs": [10, 20, 40], "seeds": [1, 2]},
-       "image": {"samples": [4, 0], "epochs": [10, 30], "seeds": [1]}}  # fmt: skip
-LONG = {"global": {"lr": 0.02, "epochs": 40}, "image": {"lr": 0.02, "epochs": 30}}
+VPT = {"global": {"samples": [8, 0], "epochs": [10, 20, 40], "tasks": 6},
+       "image": {"samples": [4, 0], "epochs": [10, 30], "tasks": 3}}  # fmt: skip
+SWEEP, LONG = {"lr": 0.08, "epochs": 40}, {"lr": 0.08, "epochs": 100}
 CONTEXTS = {4: "a photo of a",
             8: "click to see more a photo of a",
             16: "nice shot my favourite one taken last summer click to see more a photo of a"}  # fmt: skip
@@ -162,7 +162,7 @@ def choice_jobs(tasks: list[str], biased: str) -> list[dict]:
             for posterior, pair in VPT.items():
                 for epochs in pair["epochs"]:
                     setting = {"lr": rate, "epochs": epochs}
-                    for seed in pair["seeds"]:
+                    for seed in CHOICE_SEEDS if task in tasks[: pair["tasks"]] else []:
                         for samples in pair["samples"]:
                             flags = {"classes": "base", "shots": 16, "posterior": posterior, "samples": samples}
                             member = "distribution" if samples else "deterministic"
@@ -247,10 +247,10 @@ def plan(tasks: list[str], biased: str, chosen: dict) -> list[dict]:
     for method, flags in PROGRAD.items():
         few = {"classes": "all", **chosen["few-shot"][method]}
         for shots in (1, 2, 4, 8, 16):
-            add("prograd_few_shot", "prograd", shots=shots, **flags, **few)
-            add("prograd_few_shot", "prograd", shots=shots, **flags, **few, label_noise=0.3)
+            add("prograd_few_shot", "prograd", FEW_SEEDS, shots=shots, **flags, **few)
+            add("prograd_few_shot", "prograd", FEW_SEEDS, shots=shots, **flags, **few, label_noise=0.3)
         for shots in (1, 4, 16) if method != "CE + KL" else ():
-            add("prograd_few_shot", "prograd", FEW_SEEDS, shots=shots, init="random", **flags, **few)
+            add("prograd_few_shot", "prograd", FEW_SEEDS, tasks[::2], shots=shots, init="random", **flags, **few)
         add("prograd_curves", "prograd", shots=4, classes="all", lr=0.02, epochs=100, eval_every=5, **flags)
     # VPT: each pair at its choice, and trained long; then one setting changed at a time, trained long, on fewer tasks.
     base = {"classes": "base", "shots": 16}
@@ -258,13 +258,14 @@ def plan(tasks: list[str], biased: str, chosen: dict) -> list[dict]:
         for samples in pair["samples"]:
             flags = {"posterior": posterior, "samples": samples, **base}
             add("vpt", "vpt", **flags, **chosen[f"vpt {posterior}"]["pair"])
-            add("vpt_long", "vpt", SEEDS if posterior == "global" else FEW_SEEDS, **flags, **LONG[posterior])
-    sweep = {"posterior": "global", **base, **LONG["global"]}
-    knobs = {"samples": (1, 2, 5, 8, 10, 20), "residual_scale": (0.02, 0.3, 1), "kl_weight": (0, 0.1, 1)}
+            if posterior == "global":
+                add("vpt_long", "vpt", FEW_SEEDS, tasks[::3], **flags, **LONG)
+    sweep = {"posterior": "global", **base, **SWEEP}
+    knobs = {"samples": (1, 2, 5, 8, 10, 20), "residual_scale": (0.02, 0.08, 1), "kl_weight": (0, 0.1, 1)}
     knobs = [{"samples": 8} | {name: value} for name, values in knobs.items() for value in values]
     knobs += [{"samples": L, "ctx_init": words} for L in (8, 0) for M, words in CONTEXTS.items() if (L, M) != (8, 4)]
     for flags in knobs:
-        add("vpt_sweeps", "vpt", FEW_SEEDS, tasks[::2], **flags, **sweep)
+        add("vpt_sweeps", "vpt", FEW_SEEDS, tasks[::3], **flags, **sweep)
     # ProReg: the whole trade-off; then, without the shortcut in the training images, the chosen settings.
     for _, flags, _ in proreg_grid():
         add("proreg", "proreg", where=[biased], **flags)
@@ -282,7 +283,7 @@ def thirds(lines: list[dict], keys: tuple[str, ...]) -> dict:
     return {key: [statistics.fmean(line[key] for line in part) for part in parts] for key in keys if key in lines[0]}
 
 
-def rounded(value, digits: int = 4):
+def rounded(value, digits: int = 3):
     if isinstance(value, dict):
         return {key: rounded(v, digits) for key, v in value.items()}
     if isinstance(value, list):
@@ -297,48 +298,49 @@ def record(job: dict, path: Path) -> dict:
 
     result = json.loads((path / "result.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    keep = ("method", "dataset", "shots", "seed", "classes", "model", "split", "protocol", "harmonic_mean", "seconds",
-            "versions", "commit")  # fmt: skip
+    keep = ("method", "dataset", "shots", "seed", "classes", "model", "split", "protocol", "harmonic_mean", "versions")
     row = {"command": " ".join(["python", f"{job['file']}.py", *argv(job["flags"])])} | {k: result[k] for k in keep}
-    row["pretrained"] = Path(result["pretrained"]).name
-    paths = table.FREE - {"seed", "device", "compare"} | {"pretrained"}
-    row["settings"] = {key: value for key, value in result["settings"].items() if key not in paths}
-    row["tests"] = [
-        {k: v for k, v in test.items() if k != "template" and v not in (None, {})} for test in result["tests"]
-    ]
-    measured = (
-        "cosine",
-        "projected",
-        "sigma",
-        "kl",
-        "w_mean",
-        "w_10",
-        "w_50",
-        "w_90",
-        "w_above_half",
-        "train_accuracy",
-    )
-    row["process"] = thirds(lines, measured)
+    row["split"] = row["split"][:16]
+    if row["harmonic_mean"]:
+        row["harmonic_mean"] = {kind: row["harmonic_mean"][kind] for kind in ("zero_shot", "tuned")}
+    row |= {"pretrained": Path(result["pretrained"]).name, "commit": result["commit"]}
+    row["seconds"] = {key: result["seconds"][key] for key in ("train", "evaluate") if key in result["seconds"]}
+    same = {"dataset": result["dataset"], "template": result["protocol"]["template"], "domain": None, "baseline": None}
+    row["tests"] = [{k: v for k, v in t.items() if v != same.get(k, {})} for t in result["tests"]]
+    measured = {"prograd_controls": ("cosine", "projected"), "vpt_sweeps": ("sigma", "kl"),
+                "proreg": ("w_mean", "w_10", "w_50", "w_90", "w_above_half")}  # fmt: skip
+    row["process"] = thirds(lines, measured.get(job["group"], ()))
     run = result | {"folder": path, "labels": table.test_labels(result["dataset"], result["classes"], result["tests"])}
     if job["group"] == "prograd_curves":
         row["curves"] = {"val_accuracy": plots.curves(run)}
     if job["group"] == "vpt_long":
-        row["reliability"] = plots.reliability(run)
-    return rounded(row)
+        found = plots.reliability(run)  # zero-shot CLIP is the same in all runs of a task: once is enough
+        kinds = ("zero_shot", "tuned") if job["flags"]["samples"] == 0 and job["flags"]["seed"] == 1 else ("tuned",)
+        row["reliability"] = {test: {k: rounded(bins[k], 1) for k in kinds} for test, bins in found.items()}
+    left_out = table.FREE - {"device", "compare"} | {"pretrained", *row}
+    settings = {key: value for key, value in result["settings"].items() if key not in left_out}
+    return rounded(row) | {"settings": settings}
 
 
 def write_records(path: Path, rows: list[dict]) -> None:
-    """One line a run; what all share goes to the first line, {"common": ...}."""
+    """One line a run; what all share goes to the first line, {"common": ...}, with zero-shot CLIP's figures by task."""
 
     def shared(dicts):
         return {k: v for k, v in dicts[0].items() if all(k in d and d[k] == v for d in dicts)}
 
-    common = shared(rows) | {"settings": shared([row["settings"] for row in rows])}
+    zero_shot = {}
+    for row in rows:
+        for test in row["tests"]:
+            key = f"{row['dataset']} {test['classes']} {test.get('domain')}"
+            if zero_shot.setdefault(key, test["zero_shot"]) == test["zero_shot"]:
+                del test["zero_shot"]
+    common = shared(rows) | {"settings": shared([row["settings"] for row in rows]), "zero_shot": zero_shot}
     lines = [{"common": common}]
     for row in rows:
         settings = {k: v for k, v in row["settings"].items() if k not in common["settings"]}
         lines.append({k: v for k, v in row.items() if k not in common} | {"settings": settings})
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    text = [json.dumps(line, ensure_ascii=False, separators=(",", ":")) for line in lines]
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
