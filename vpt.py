@@ -216,8 +216,8 @@ def training_noise(args: argparse.Namespace, clip: Clip, epoch: int, step: int, 
 METHOD = {"posterior": "global", "samples": 10, "kl_weight": 0.001, "bound": "log-mean", "ctx_init": "a photo of a",
           "logvar_init": [0.0, 1.0], "momentum": 0.9, "weight_decay": 5e-4}  # fmt: skip
 DEFAULTS = {
-    # Rate and epochs chosen on validation images (benchmark/results/toy). WHY not the paper's: toyclip's logit scale is 21 and not CLIP's 100, so gradients are smaller; and
-    # 0.2 is the standard deviation over its token rows in use: residuals of that size leave the context readable.
+    # Rate and epochs chosen on validation images, benchmark/results/toy. WHY not the paper's: toyclip's logit scale is
+    # 21 and not CLIP's 100, so its gradients are smaller; 0.2 is the standard deviation of its token rows in use.
     "toy": METHOD | {"dataset": "toy_fillshapes_sketch", "classes": "base", "model": "toyclip", "lr": 0.08,
                      "epochs": 40, "batch_size": 8, "samples": 8, "residual_scale": 0.2, "augment": "none", "views": 1,
                      "compare": True},
