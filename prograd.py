@@ -48,7 +48,6 @@ PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Pr
 """
 
 import argparse
-import functools
 import time
 from pathlib import Path
 
@@ -197,7 +196,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
     teacher = common.zero_shot_classifier(clip, task.classnames, templates)  # [C, D]
     hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(learner.parameters(), **hyper)
-    first = runs.resume(out, "prograd", learner, optimizer)
+    first, val = runs.resume(out, "prograd", learner, optimizer), runs.encode_val(args, clip, task)
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
         order = common.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
@@ -226,9 +225,9 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
             seen.append(torch.stack([loss_ce, loss_kl, cosine, (cosine < 0).float()]).detach())
         loss_ce, loss_kl, cosine, projected = torch.stack(seen).mean(dim=0).tolist()
         line = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine, "projected": projected}
-        if args.eval_every and (epoch + 1) % args.eval_every == 0:
-            logits_of = functools.partial(class_logits, learner, clip, task.classnames)
-            line["val_accuracy"] = runs.validate(args, clip, task, logits_of)
+        if val and (epoch + 1) % args.eval_every == 0:
+            logits = class_logits(learner, clip, task.classnames, val[0])
+            line["val_accuracy"] = common.evaluate(logits, val[1])["accuracy"]
         runs.end_epoch(args, out, "prograd", epoch, learner, optimizer, line)
     return learner
 

@@ -226,12 +226,15 @@ def encode_tests(args: argparse.Namespace, clip: Clip, task: data.Task) -> list[
     return rows
 
 
-def validate(args: argparse.Namespace, clip: Clip, task: data.Task, logits_of) -> float:
-    """Accuracy (percent) of logits_of(unit features) on the validation part: for curves, it selects nothing."""
+def encode_val(args: argparse.Namespace, clip: Clip, task: data.Task):
+    """Unit features and labels of the validation part for --eval-every: for curves, they select nothing. None without.
+
+    WHY before training: the processes encode together, and afterwards only the first one trains."""
+    if not args.eval_every:
+        return None
     if not task.val:
         raise UserError(f"--eval-every needs a validation part, and {task.name} has none")
-    x, labels = encode(args, clip, task.val, clip.preprocess, task.val, what="validation images")
-    return evaluate(logits_of(x), labels)["accuracy"]
+    return encode(args, clip, task.val, clip.preprocess, task.val, what="validation images")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
