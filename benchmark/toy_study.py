@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -36,6 +37,7 @@ PROGRAD = {"CoOp": {"lam": 0}, "ProGrad": {"lam": 1}, "CE + KL": {"rule": "add",
 VPT = {"global": {"samples": [8, 0], "epochs": [10, 20, 40], "tasks": 6},
        "image": {"samples": [4, 0], "epochs": [10, 30], "tasks": 3}}  # fmt: skip
 SWEEP, LONG = {"lr": 0.08, "epochs": 40}, {"lr": 0.08, "epochs": 100}
+U = 0.2  # vpt.py's --residual-scale on toy data
 CONTEXTS = {4: "a photo of a",
             8: "click to see more a photo of a",
             16: "nice shot my favourite one taken last summer click to see more a photo of a"}  # fmt: skip
@@ -104,6 +106,21 @@ def run_all(jobs: list[dict], scratch: Path, processes: int) -> list[dict]:
             pool.close()
             pool.join()
     return [job for job in jobs if folder(scratch, job) not in failed]
+
+
+def check_defaults(jobs: list[dict], scratch: Path) -> None:
+    """Stop if a default of a script has changed between these runs: they would not belong together."""
+    import table
+
+    for file in dict.fromkeys(job["file"] for job in jobs):
+        mine = [job for job in jobs if job["file"] == file]
+        typed, first = {key for job in mine for key in job["flags"]} | table.FREE | {"alpha"}, {}
+        for path in {folder(scratch, job) for job in mine}:
+            settings = json.loads((path / "result.json").read_text(encoding="utf-8"))["settings"]
+            for key, value in settings.items():
+                if key not in typed and first.setdefault(key, (value, path))[0] != value:
+                    old, other = first[key]
+                    sys.exit(f"error: {key} is {old} in {other} and {value} in {path}: delete the older one, run again")
 
 
 def cost(job: dict) -> float:
@@ -213,13 +230,16 @@ def choose(jobs: list[dict], scratch: Path) -> dict:
     del grid["proreg unbiased val"]
     chosen = {}
     for family, methods in grid.items():
+        # A setting that gave no numbers in some run (a rate too large) is shown, and not chosen.
+        methods = {m: [r for r in rows if r["runs"] == max(r["runs"] for r in rows)] for m, rows in methods.items()}
         scores = {"proreg": ("accuracy", "H"), "few-shot": ("accuracy",)}.get(family, ("H",))
         for method, rows in methods.items():
             best = [max(rows, key=lambda row: row[score]) for score in scores]
             best = [{k: v for k, v in row.items() if k in ("lr", "epochs", "alpha", "share")} for row in best]
             chosen.setdefault(family, {})[method] = best[0] if len(best) == 1 else dict(zip(("by ID", "by H"), best))
         if family.startswith("vpt"):  # the setting that is best for the two together
-            pairs = zip(methods["distribution"], methods["deterministic"], strict=True)
+            pairs = itertools.product(methods["distribution"], methods["deterministic"])
+            pairs = [(a, b) for a, b in pairs if (a["lr"], a["epochs"]) == (b["lr"], b["epochs"])]
             best = max(pairs, key=lambda pair: pair[0]["H"] + pair[1]["H"])[0]
             chosen[family] = {"pair": {key: best[key] for key in ("lr", "epochs")}}
     return {"chosen": chosen, "grid": grid}
@@ -247,17 +267,28 @@ def plan(tasks: list[str], biased: str, chosen: dict) -> list[dict]:
     for method, flags in PROGRAD.items():
         few = {"classes": "all", **chosen["few-shot"][method]}
         for shots in (1, 2, 4, 8, 16):
-            add("prograd_few_shot", "prograd", FEW_SEEDS, shots=shots, **flags, **few)
-            add("prograd_few_shot", "prograd", FEW_SEEDS, shots=shots, **flags, **few, label_noise=0.3)
+            add("prograd_few_shot", "prograd", FEW_SEEDS, tasks[::2], shots=shots, **flags, **few)
+            add("prograd_few_shot", "prograd", FEW_SEEDS, tasks[::2], shots=shots, **flags, **few, label_noise=0.3)
         for shots in (1, 4, 16) if method != "CE + KL" else ():
             add("prograd_few_shot", "prograd", FEW_SEEDS, tasks[::2], shots=shots, init="random", **flags, **few)
-        add("prograd_curves", "prograd", shots=4, classes="all", lr=0.02, epochs=100, eval_every=5, **flags)
+        add(
+            "prograd_curves",
+            "prograd",
+            FEW_SEEDS,
+            tasks[::2],
+            shots=4,
+            classes="all",
+            lr=0.02,
+            epochs=100,
+            eval_every=5,
+            **flags,
+        )
     # VPT: each pair at its choice, and trained long; then one setting changed at a time, trained long, on fewer tasks.
     base = {"classes": "base", "shots": 16}
     for posterior, pair in VPT.items():
         for samples in pair["samples"]:
             flags = {"posterior": posterior, "samples": samples, **base}
-            add("vpt", "vpt", **flags, **chosen[f"vpt {posterior}"]["pair"])
+            add("vpt", "vpt", SEEDS, tasks[: pair["tasks"]], **flags, **chosen[f"vpt {posterior}"]["pair"])
             if posterior == "global":
                 add("vpt_long", "vpt", FEW_SEEDS, tasks[::3], **flags, **LONG)
     sweep = {"posterior": "global", **base, **SWEEP}
@@ -386,6 +417,7 @@ def main(args=None) -> None:
         return estimate(jobs, args.scratch, args.jobs)
     start = time.time()
     done = run_all(jobs, args.scratch, args.jobs)
+    check_defaults(done, args.scratch)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.step == "choose":
         about = {
