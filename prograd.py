@@ -25,9 +25,10 @@ Equations (the numbers are this file's own: the paper could not be read in full)
     T            T                         a number                       --temperature
     s, f, T(.)   clip.scale, encode_image, encode_prompts                 --model --pretrained
 
-Frozen: both towers of CLIP. Learned: the M context vectors, nothing else. Why it helps: g has no component against
-g_g, so to first order the label loss falls without moving away from zero-shot CLIP. When it does not help: where
-zero-shot CLIP is wrong in a systematic way (a new kind of image), moving away from it is just what learning needs.
+Frozen: all of CLIP (both towers, token embeddings, s). Learned: the M context vectors. Why it helps: at λ = 1, g has no
+component against g_g, so to first order the label loss falls without moving away from zero-shot CLIP. (That holds for
+g on this batch; momentum and weight decay come after.) When it does not help: where zero-shot CLIP is wrong in a
+systematic way (a new kind of image), moving away from it is just what learning needs; hence λ < 1 with many shots.
 
 PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Prompt-align at 1b76203, is followed)
  1. λ: the paper has 1, and 0.8 at 16 shots; the code's README 0.8 at 8 and 16 shots on Flowers102, DTD and EuroSAT,
@@ -36,7 +37,7 @@ PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Pr
  3. Start: the code puts the template's words into the last of the M slots and zero vectors before; its CoOp baseline
     starts at random, a confound. Here --init sets the start of both: --lam 0 differs from ProGrad by λ alone.
  4. The code counts the template's words, we its tokens: of a template with a comma ("a type of pet, a photo of a") the
-    code leaves the last token outside the context. A test rebuilds that recording by hand; no flag does.
+    code leaves the last token outside the context. (A test rebuilds such a recorded run by hand; no flag does.)
  5. L_kl in the code is Eq. 3, which is KL(p_zs | p) and the teacher's entropy; the gradient is the same.
  6. The code projects each parameter tensor by itself. There is one, the context, also with --csc.
  7. At g_g = 0 the code divides by zero. Here g = g_d.
@@ -74,16 +75,15 @@ def project_gradient(g_d: torch.Tensor, g_g: torch.Tensor, lam: float = 1.0) -> 
     dot, norm2 = (g_d * g_g).sum(), (g_g * g_g).sum()
     conflict = (dot < 0) & (norm2 > 0)
     # Eq. 5: g = g_d - lam * dot / norm2 * g_g   where dot < 0
-    return (
-        g_d
-        - torch.where(conflict, lam * dot / norm2.where(conflict, torch.ones_like(norm2)), torch.zeros_like(dot)) * g_g
-    )
+    share = lam * dot / torch.where(conflict, norm2, torch.ones_like(norm2))  # never 0 / 0
+    return g_d - torch.where(conflict, share, torch.zeros_like(share)) * g_g
 
 
 def distillation_loss(logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 1.0) -> torch.Tensor:
     """Soft cross-entropy from the zero-shot prediction, times T² (Eq. 3). logits, zs_logits [B, C] → scalar, nats.
 
     WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size comparable when T changes.
+    Eq. 5 does not depend on the size of g_g, so it matters for --rule add and for the logged loss.
     """
     p_zs = (zs_logits / T).softmax(dim=-1)  # [B, C]
     # Eq. 3: L_kl = mean( -T² · sum_c p_zs · log p )
@@ -101,25 +101,25 @@ class PromptLearner(torch.nn.Module):
 
     def __init__(self, clip: Clip, context: torch.Tensor, position: str = "end"):
         super().__init__()
-        self.clip, self.position = (
-            clip,
-            position,
-        )  # clip is a plain object, not a submodule: state_dict() is the context alone
+        self.clip, self.position = clip, position  # clip is no submodule: state_dict() is the context alone
         self.context = torch.nn.Parameter(context.clone())
 
     def forward(self, names: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """names = name_tokens(clip, classnames, M): suffix [C, S, W], eot [C] → text features [C, D], unnormalised."""
+        """names = name_tokens(clip, classnames, M) → text features [C, D], unnormalised (read at EOT).
+
+        names is (suffix, eot): embeddings [C, S, W] of [name "." EOT padding], and where EOT stands in them, [C].
+        """
         (suffix, eot), context, prefix = names, self.context, common.start_of_text(self.clip)
         if self.position == "end" and context.dim() == 2:  # the usual case: [SOS, context] is the same for all classes
-            return common.encode_prompts(self.clip, torch.cat([prefix, context[None]], dim=1), suffix, eot)[0]
+            return common.encode_prompts(self.clip, torch.cat([prefix, context[None]], dim=1), suffix, eot)[0]  # G = 1
+        # Else the context differs by class or stands behind the name: it becomes part of the suffix, at position `at`:
+        # --csc: [context name "." EOT padding], at = 0;   "front": [name context "." EOT padding], at = the full stop's
         C, S, M = *suffix.shape[:2], context.shape[-2]
         at = torch.zeros_like(eot)
         if self.position == "front":  # [SOS, name, context, ".", EOT]; a "." that BPE fused with the name stays there
             stop = common.embed(self.clip, [self.clip.tokenizer.encode(".")])[0][0]  # [1, W]
             at = eot - (suffix[torch.arange(C, device=eot.device), eot - 1] == stop).all(dim=-1).long()
-        slot = (
-            torch.arange(S + M, device=eot.device).expand(C, -1) - at[:, None]
-        )  # [C, S + M], 0 at the context's first slot
+        slot = torch.arange(S + M, device=eot.device).expand(C, -1) - at[:, None]  # [C, S + M], 0 where context begins
         inside = (slot >= 0) & (slot < M)
         source = torch.where(inside, S + slot, torch.where(slot < 0, slot, slot - M) + at[:, None])
         both = torch.cat([suffix, context.expand(C, -1, -1)], dim=1)  # [C, S + M, W]
@@ -152,7 +152,7 @@ DEFAULTS = {
     "toy": METHOD | {"dataset": "toy_fillshapes_sketch", "classes": "base", "model": "toyclip", "lr": 0.08,
                      "epochs": 30, "augment": "none", "views": 1, "compare": True},
     "paper": METHOD | {"classes": "all", "model": "RN50", "pretrained": "openai", "lr": 0.002, "augment": "crop",
-                       "views": 0, "compare": False, "epochs": {1: 50, 2: 100, 8: 200}},
+                       "views": 0, "compare": False, "epochs": {1: 50, 2: 100, 8: 200}},  # from 1, 2 and 8 shots on
     "fixed": {"n_ctx", "csc", "class_position"},  # a checkpoint cannot be read with other values of these
 }  # fmt: skip
 
@@ -223,6 +223,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
             optimizer.step()
             cosine = F.cosine_similarity(g_d.flatten(), g_g.flatten(), dim=0)
             seen.append(torch.stack([loss_ce, loss_kl, cosine, (cosine < 0).float()]).detach())
+        # `projected`: the share of steps in conflict (with λ = 0 and --rule add nothing is projected)
         loss_ce, loss_kl, cosine, projected = torch.stack(seen).mean(dim=0).tolist()
         line = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine, "projected": projected}
         if val and (epoch + 1) % args.eval_every == 0:
@@ -239,9 +240,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
 def class_logits(learner: PromptLearner, clip: Clip, classnames: list[str], x: torch.Tensor) -> torch.Tensor:
     """Logits [N, C] of unit image features x [N, D] among any class names."""
     if learner.context.dim() == 3 and len(learner.context) != len(classnames):
-        raise UserError(
-            f"--csc learned contexts for {len(learner.context)} classes, and {len(classnames)} are asked for"
-        )
+        raise UserError(f"--csc learned contexts of {len(learner.context)} classes; {len(classnames)} are asked for")
     with common.autocast(clip):
         text = learner(common.name_tokens(clip, classnames, learner.context.shape[-2]))
     return clip.scale * x @ F.normalize(text.float(), dim=-1).T
@@ -266,7 +265,7 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
 
 
 def read_learner(path: str, clip: Clip) -> PromptLearner:
-    """The trained prompt of a run folder or checkpoint, ready for any class names."""
+    """The trained prompt of a run folder or checkpoint, ready for any class names (with --csc: for its own)."""
     state = runs.load_checkpoint(path, "prograd")
     settings, classes = state["settings"], state["tensors"]["context"].shape[:-2]  # [], with --csc [C]
     empty = torch.zeros(*classes, settings["n_ctx"], clip.width, device=clip.device)
@@ -283,8 +282,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = runs.settle(build_parser(), argv, "prograd", DEFAULTS, paper_exceptions)
     if args.csc and (args.classes == "base" or args.test_on):
         raise UserError("--csc has no context for classes outside training: leave out --classes base and --test-on")
+    name = "CoOp" if args.lam == 0 else "ProGrad" if args.rule == "project" else "CE + KL"
     if result := args.resume and runs.finished(args.out_dir):
-        runs.report(result, args.out_dir, "CoOp", "ProGrad")
+        runs.report(result, args.out_dir, "CoOp", name)
         return result
     task, clip = runs.prepare(args)
     out = runs.open_run(args, "prograd")
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> dict:
     baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir)) if plain else None
     result = fit(args, clip, task, views, tests, out, baseline)
     if result:
-        runs.report(result, out, "CoOp", "ProGrad" if args.lam else "CoOp")
+        runs.report(result, out, "CoOp", name)
     return result
 
 

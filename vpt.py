@@ -31,8 +31,8 @@ Equations (the numbers are this file's own: the paper could not be read in full)
 Frozen: both towers of CLIP. Learned: v and q. Why it helps: noise on the prompt keeps v from fitting details, and new
 classes meet prompts that were not pinned to the training images. When it does not help: in training too short for CoOp
 to overfit; where one systematic move away from CLIP is needed, which noise blurs; and with one or two samples, where
-the released global posterior was seen to collapse. Uncertainty: H is high for an ambiguous image, I where the prompts
-disagree about it.
+others saw the accuracy of the released global posterior collapse. Uncertainty: H is high for an ambiguous image,
+I where the prompts disagree about it.
 
 The baseline is --samples 0. Global: r = 0, exactly CoOp with M = 4. Image: r = μ(x), which we call CoCoOp-like: CoCoOp
 adds a network's output to its context, too, but of two layers with ReLU (D, D/16, W), not three with ELU (D, D/2, D/2,
@@ -41,18 +41,19 @@ W).
 PAPER vs CODE (the paper as others restate it; the code is github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff,
 which we follow)
  1. Bound: the paper maximises the ELBO, a mean of logs; the code the log of the mean likelihood, which is never
-    smaller.
- 2. KL: the paper's is a sum over dimensions with weight 1; the code takes the mean, times 0.001. --kl-weight W is the
-    paper's.
- 3. The code's std_posterior is a log-variance, drawn from Uniform[0, 1]: σ starts at 1 to 1.65, and the prior keeps it
-    there. That is 50 to 80 times a token of CLIP's, 5 to 8 times one of toyclip's. --residual-scale is ours; 1 is
-    the released code.
+    smaller (Jensen), and so as a loss never larger.
+ 2. KL: the paper's is a sum over dimensions with weight 1; the code takes the mean, times 0.001. The paper's is
+    --kl-weight 512 where tokens have W = 512 entries (ViT-B/16, RN50), with --bound elbo.
+ 3. The code's std_posterior is a log-variance, drawn from Uniform[0, 1]: σ starts at 1 to 1.65 and hardly moves, as so
+    small a KL weight pulls at it very little. The entries of CLIP's tokens have a standard deviation of about 0.02,
+    50 to 80 times less, those of toyclip's 0.2: in CLIP the noise drowns the context, and what is learned is what
+    works in spite of it. --residual-scale u is ours; 1 is the released code. The KL is that of r, before u.
  4. Image posterior: the paper has two layers with two heads, the code two separate networks of three layers (so have
     we).
  5. Batch: the code's image posterior fails for more than one image; its batches have 1 image, and so has our default
     on real data, because the learning rate goes with it. Here a batch of any size equals the mean over its images.
  6. Evaluation noise: the code draws it afresh for each image, unseeded. Here it is drawn once, from the seed, and
-    shared by all images: a prediction depends on nothing but the image and the run.
+    shared by all images: a prediction depends on nothing but the image, the class names and the run.
  7. L and epochs differ by dataset in the code; how they were chosen is unknown (--paper takes them over).
  8. Precision: the code trains in fp16. Here what is learned is always fp32.
 
@@ -118,7 +119,7 @@ def log_mean_prob(logits: torch.Tensor) -> torch.Tensor:
 def task_loss(logits: torch.Tensor, labels: torch.Tensor, bound: str = "log-mean") -> torch.Tensor:
     """How badly the labels are predicted (Eq. 6). logits [L, B, C], labels [B] → scalar, nats.
 
-    WHY it matters: "elbo", the larger, asks each sampled prompt to be right, "log-mean" that some are.
+    WHY it matters: "elbo", the larger loss (Jensen), asks each sampled prompt to be right, "log-mean" that some are.
     """
     # Eq. 6: -log mean_l p(y)   or   -mean_l log p(y)
     log_prob = log_mean_prob(logits) if bound == "log-mean" else logits.log_softmax(dim=-1).mean(dim=0)  # [B, C]
@@ -188,7 +189,7 @@ def initial_context(clip: Clip, words: str) -> torch.Tensor:
 
 
 def new_learner(settings: argparse.Namespace, clip: Clip, context: torch.Tensor) -> PromptDistribution:
-    """The module as these settings describe it, before training. --samples 0 leaves it nothing to learn but r = μ."""
+    """The module as these settings describe it, before training. --samples 0 learns v and, with "image", μ(x)."""
     s = settings
     learner = PromptDistribution(clip, context, s.posterior, s.residual_scale, s.seed, s.logvar_init)
     learner.eval_noise = noise(clip, s.seed, s.eval_samples, [("evaluation",)])
@@ -225,7 +226,7 @@ DEFAULTS = {
                        "batch_size": 1, "residual_scale": 1.0, "augment": "crop", "views": 0, "compare": False},
     "fixed": {"posterior", "samples", "residual_scale", "ctx_init"},  # a checkpoint cannot be read with other values
 }  # fmt: skip
-PAPER = {  # dataset: (L, epochs), as the authors chose them
+PAPER = {  # dataset: (L, epochs), from the authors' instructions
     "imagenet": (10, 10), "caltech101": (20, 20), "oxford_pets": (40, 20), "stanford_cars": (20, 40),
     "oxford_flowers": (10, 40), "food101": (20, 20), "fgvc_aircraft": (10, 10), "sun397": (20, 10), "dtd": (40, 10),
     "eurosat": (20, 60), "ucf101": (5, 20),
