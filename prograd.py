@@ -38,7 +38,8 @@ PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Pr
     starts at random, a confound. Here --init sets the start of both: --lam 0 differs from ProGrad by λ alone.
  4. The code counts the template's words, we its tokens: of a template with a comma ("a type of pet, a photo of a") the
     code leaves the last token outside the context. (A test rebuilds such a recorded run by hand; no flag does.)
- 5. L_kl in the code is Eq. 3, which is KL(p_zs | p) and the teacher's entropy; the gradient is the same.
+ 5. L_kl in the code is Eq. 3: KL(p_zs | p) and the teacher's entropy, times T^2; the entropy has no gradient. Eq. 5
+    does not depend on the size of g_g, so the factor T^2 matters for --rule add and the logged loss alone.
  6. The code projects each parameter tensor by itself. There is one, the context, also with --csc.
  7. At g_g = 0 the code divides by zero. Here g = g_d.
 
@@ -83,7 +84,6 @@ def distillation_loss(logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 
     """Soft cross-entropy from the zero-shot prediction, times T² (Eq. 3). logits, zs_logits [B, C] → scalar, nats.
 
     WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size comparable when T changes.
-    Eq. 5 does not depend on the size of g_g, so it matters for --rule add and for the logged loss.
     """
     p_zs = (zs_logits / T).softmax(dim=-1)  # [B, C]
     # Eq. 3: L_kl = mean( -T² · sum_c p_zs · log p )
