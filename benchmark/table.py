@@ -37,6 +37,7 @@ BPL_NEW = {"caltech101": 94.93, "dtd": 60.80, "eurosat": 75.30, "fgvc_aircraft":
            "food101": 92.13, "imagenet": 70.93, "oxford_pets": 98.00, "stanford_cars": 73.23, "sun397": 77.87,
            "ucf101": 75.77, "mean of 11": 74.94}  # fmt: skip
 BPL_NEW = {(dataset, "new"): (figure, BPL) for dataset, figure in BPL_NEW.items()}
+BPL_DG = {("imagenet", "mean of imagenetv2, imagenet_sketch, imagenet_a, imagenet_r"): (60.44, "BPL, from a review")}
 KG = {"base": 82.48, "new": 70.75, "H": 76.16}
 PAPER = {
     ("ProGrad", "RN50", 16, "all"): {("mean of 11", "all"): (74.28, "ProGrad, 3 seeds, restated")},
@@ -44,10 +45,9 @@ PAPER = {
     ("ProGrad", "ViT-B-16", 16, "base"): {("mean of 11", k): (v, "KgCoOp's rerun of ProGrad") for k, v in KG.items()},
     ("VPT image", "ViT-B-16", 16, "base"): BPL_NEW,
     ("VPT global", "ViT-B-16", 16, "base"): BPL_NEW | {("fgvc_aircraft", "new"): (33.80, "BPL Table 4, restated")},
-    **{(f"VPT {kind}", "ViT-B-16", 16, "all"): {
-        ("imagenet", "mean of imagenetv2, imagenet_sketch, imagenet_a, imagenet_r"):
-            (60.44, "BPL, from a review; global or image not said")} for kind in ("global", "image")},
-}  # fmt: skip
+    ("VPT image", "ViT-B-16", 16, "all"): BPL_DG,
+    ("VPT global", "ViT-B-16", 16, "all"): BPL_DG,
+}
 
 
 class UserError(Exception):
@@ -72,11 +72,15 @@ def read_runs(paths: list[str]) -> list[dict]:
             text = file.read_text(encoding="utf-8")
             lines = [json.loads(line) for line in (text.splitlines() if file.suffix == ".jsonl" else [text])]
             common = lines.pop(0)["common"] if "common" in lines[0] else {}
+            shared = common.pop("zero_shot", {})  # "TASK CLASSES DOMAIN": zero-shot CLIP's figures
             for line in lines:
-                settings = common.get("settings", {}) | line["settings"]
-                run = common | line | {"settings": settings, "folder": file.parent, "path": str(file)}
+                run = common | line | {"settings": common.get("settings", {}) | line["settings"], "path": str(file)}
+                for t in run["tests"]:
+                    t.setdefault("dataset", run["dataset"])
+                    t.setdefault("zero_shot", shared.get(f"{t['dataset']} {t['classes']} {t.get('domain')}"))
                 _ = run["tests"][0]["tuned"]["accuracy"], run["method"], run["shots"], run["seed"], run["split"]
-                runs.append(run | {"labels": test_labels(run["dataset"], run["classes"], run["tests"])})
+                labels = test_labels(run["dataset"], run["classes"], run["tests"])
+                runs.append(run | {"labels": labels, "folder": file.parent})
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no result of these scripts: {type(error).__name__} {error}") from error
     if not runs:
@@ -222,9 +226,8 @@ def tabulate(groups: dict[tuple, list[dict]], metric: str, extras: bool = False)
 
 def mean_std(values) -> tuple[float | None, float | None, int]:
     """(mean, sample standard deviation, n); None where there is nothing to tell it from."""
-    values = list(values)
-    mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None, len(values)
+    n = len(values := list(values))
+    return statistics.fmean(values) if n else None, statistics.stdev(values) if n > 1 else None, n
 
 
 def paired(a: dict, b: dict) -> tuple[float | None, float | None, int]:
@@ -245,10 +248,9 @@ def pair_rows(rows: list[dict], a: str, b: str) -> list[dict]:
     for name in (a, b):
         if name not in series:
             raise UserError(f"--pair {name!r}: no such method here; there are {', '.join(sorted(series))}")
-    shared = [key for key in series[a] if key in series[b]]
-    numbers = [paired(series[a][key], series[b][key]) for key in shared]
     fields = ("dataset", "shots", "classes", "test", "mean", "se", "n")
-    return [dict(zip(fields, (*key[:4], *found))) for key, found in zip(shared, numbers)]
+    pairs = [(key, paired(series[a][key], series[b][key])) for key in series[a] if key in series[b]]
+    return [dict(zip(fields, (*key[:4], *numbers))) for key, numbers in pairs]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,8 +273,8 @@ def table_lines(rows: list[dict], metric: str) -> list[list]:
         zero_shot, baseline, tuned = (row["values"][kind] for kind in KINDS)
         key = (row["method"], row["model"].removesuffix("-quickgelu"), row["shots"], row["classes"])
         figure = PAPER.get(key, {}).get((row["dataset"], row["test"]), ("", "")) if metric == "accuracy" else ("", "")
-        beside, few = cell(*mean_std(baseline.values())[:2], digits), len(baseline) != len(tuned)
-        beside += f" ({row['baseline']}{f', n = {len(baseline)}' if few else ''})" if beside else ""
+        few = f", n = {len(baseline)}" if len(baseline) != len(tuned) else ""
+        beside = cell(*mean_std(baseline.values())[:2], digits) + (f" ({row['baseline']}{few})" if baseline else "")
         head = [row[name] for name in ("method", "dataset", "shots", "classes", "test")]
         means = [cell(*mean_std(values.values())[:2], digits) for values in (tuned, zero_shot)]
         difference = cell(*paired(tuned, baseline)[:2], digits, "+")
@@ -303,20 +305,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_plot(path: str, kind: str, groups: dict[tuple, list[dict]], extras: bool) -> None:
     runs = [(key[0], baseline_name(run), run) for key, group in groups.items() for run in group]
-    if kind in ("few-shot", "ood"):
-        rows = tabulate(groups, "accuracy", extras)
-        panels = plots.few_shot_panels(rows) if kind == "few-shot" else plots.ood_panels(rows)
-    else:
-        panels = plots.learning_panels(runs) if kind == "learning" else plots.reliability_panels(runs)
+    makers = {"few-shot": plots.few_shot_panels, "ood": plots.ood_panels, "learning": plots.learning_panels}
+    what = tabulate(groups, "accuracy", extras) if kind in ("few-shot", "ood") else runs
+    panels = makers.get(kind, plots.reliability_panels)(what)
     if not panels:
-        needs = {"few-shot": "a number of shots", "learning": "--eval-every", "ood": "out-of-distribution tests"}
-        raise UserError(f"--kind {kind} needs runs with {needs.get(kind, 'predictions.npz')}: none of these has that")
+        needs = {"learning": "--eval-every", "ood": "out-of-distribution tests", "reliability": "predictions.npz"}
+        raise UserError(f"--kind {kind}: none of these runs has {needs.get(kind, 'a number of shots')}")
     try:
         plots.draw(path, panels)
     except ImportError as error:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: {error}; give a name in .png or .svg, in a folder that exists") from error
+        raise UserError(f"--plot {path}: {error}; give a .png or .svg in a folder that exists") from error
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -324,15 +324,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = build_parser().parse_args(argv)
     groups = check(read_runs(args.runs), args.by, args.allow)
     rows = tabulate(groups, args.metric, args.extra)
-    header = "method,dataset,shots,classes,test,n,mean ± std,zero-shot,baseline,mean - baseline ± standard error,paper,"
-    header = (header + "paper's protocol").split(",")
+    header = ["method", "dataset", "shots", "classes", "test", "n", "mean ± std", "zero-shot", "baseline",
+              "mean - baseline ± standard error", "paper", "paper's protocol"]  # fmt: skip
     title = "mean ± sample standard deviation over n seeds"
     if args.pair:
         rows = pair_rows(rows, *args.pair)
         title = f"{args.pair[0]} - {args.pair[1]}, mean ± standard error of n differences seed by seed"
-        header = ["dataset", "shots", "classes", "test", "n", "difference"]
-        difference = [cell(row["mean"], row["se"], DIGITS[args.metric], "+") for row in rows]
-        lines = [[*(row[name] for name in header[:-1]), text] for row, text in zip(rows, difference)]
+        header, digits = ["dataset", "shots", "classes", "test", "n", "difference"], DIGITS[args.metric]
+        lines = [[*(row[k] for k in header[:-1]), cell(row["mean"], row["se"], digits, "+")] for row in rows]
     else:
         lines = table_lines(rows, args.metric)
     if args.csv:

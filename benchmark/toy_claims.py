@@ -27,11 +27,11 @@ def seen(difference: tuple) -> str:
 
 
 def join(differences: dict) -> str:
-    return "; ".join(f"{name}: {error(difference)}" for name, difference in differences.items())
+    return "; ".join(f"{name}: {error(difference)}" for name, difference in differences.items() if difference[2])
 
 
 def verdicts(differences: dict) -> str:
-    return "; ".join(f"{name}: {seen(difference)}" for name, difference in differences.items())
+    return "; ".join(f"{name}: {seen(difference)}" for name, difference in differences.items() if difference[2])
 
 
 def prograd(b2n: Figures, controls: Figures, f: Figures, curves: Figures) -> list[list[str]]:
@@ -60,6 +60,7 @@ def prograd(b2n: Figures, controls: Figures, f: Figures, curves: Figures) -> lis
         by_seed[k] = {seed: ours[seed] - coop[seed] for seed in ours}
     shrinks = table.paired(by_seed[1], by_seed[16])
     random = join({k: gain(k, init="random") for k in (1, 4, 16)})
+    random += f.share(few("CoOp", 0.0, "random"), "all", 1)
     text = f"gain by shots: {join({k: gain(k) for k in SHOTS})}. From a random start: {random}"
     verdict = f"{seen(shrinks)} (at 1 shot - at 16: {error(shrinks)})"
     rows.append(["3", "ProGrad's gain over CoOp shrinks with shots", text, verdict])
@@ -148,7 +149,7 @@ def proreg(f: Figures, choices: dict) -> list[list[str]]:
 
 
 def vpt(chosen: Figures, long: Figures, sweeps: Figures, contexts: dict[int, str]) -> list[list[str]]:
-    settings, rows = {"chosen setting": chosen, "long": long}, []
+    settings, rows = {"chosen setting": chosen, "trained long": long}, []
     gains = {f"{a}, {name}": f.diff(a, b, "new") for a, b in PAIRS for name, f in settings.items()}
     text = f"VPT - its base, new classes: {join(gains)}"
     rows.append(["12", "A distribution raises new-class accuracy over its deterministic base", text, verdicts(gains)])

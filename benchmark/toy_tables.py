@@ -8,6 +8,7 @@ from pathlib import Path
 
 import plots
 import table
+from toy_study import CONTEXTS, LONG, SWEEP, UNBIASED, U
 
 SHOTS = (1, 2, 4, 8, 16)
 HALVES = ("base", "new", "H")
@@ -23,22 +24,29 @@ class Figures:
         self.runs = table.read_runs([path])
         with contextlib.redirect_stderr(io.StringIO()):  # a note, where runs are of several commits
             self.groups = table.check(self.runs, by)
-        self.extras, self.index = extras, {}
+        self.index, self.of = {}, {}
         self.tasks = list(dict.fromkeys(run["dataset"] for run in self.runs))
+        self.seeds = len({run["seed"] for run in self.runs})
         self.rows = {metric: table.tabulate(self.groups, metric, extras) for metric in table.DIGITS}
         for metric, rows in self.rows.items():
             for row in rows:
-                task = "mean" if len(row["of"]) == len(self.tasks) > 1 else row["dataset"]
+                places = (
+                    ["mean"] if len(row["of"]) > 1 else [row["dataset"], *(["mean"] if len(self.tasks) == 1 else [])]
+                )
                 for kind, name in (("tuned", row["method"]), ("zero_shot", "zero-shot")):
-                    for at in (task, "mean") if len(self.tasks) == 1 else (task,):
-                        self.index.setdefault((metric, name, at, row["shots"], row["test"]), row["values"][kind])
+                    for place in places:
+                        key = (metric, name, place, row["shots"], row["test"])
+                        if key not in self.index:
+                            self.index[key], self.of[key] = row["values"][kind], row["of"]
 
     def get(self, method, test, task="mean", shots=16, metric="accuracy") -> dict[int, float]:
         """{seed: value}; empty where there is nothing."""
         return self.index.get((metric, method, task, shots, test), {})
 
-    def methods(self) -> list[str]:
-        return list(dict.fromkeys(row["method"] for row in self.rows["accuracy"]))
+    def share(self, method, test, shots) -> str:
+        """ "3 of 6 tasks", for a method that was not run on all of them."""
+        n = len(self.of.get(("accuracy", method, "mean", shots, test), self.tasks))
+        return "" if n == len(self.tasks) else f" ({n} of {len(self.tasks)} tasks)"
 
     def cell(self, method, test, *args, **at) -> str:
         digits = {"nll": 3}.get(at.get("metric"), 1)
@@ -47,8 +55,12 @@ class Figures:
     def cells(self, method, tests=HALVES, *args, **at) -> str:
         return " / ".join(self.cell(method, test, *args, **at) for test in tests)
 
-    def diff(self, a, b, test, *args, **at) -> tuple[float | None, float | None, int]:
-        return table.paired(self.get(a, test, *args, **at), self.get(b, test, *args, **at))
+    def diff(self, a, b, test, task="mean", shots=16, metric="accuracy") -> tuple[float | None, float | None, int]:
+        """Of means over tasks: only where both are over the same tasks."""
+        keys = [(metric, name, task, shots, test) for name in (a, b)]
+        if len({tuple(self.of.get(key, ())) for key in keys}) > 1:
+            return None, None, 0
+        return table.paired(*(self.index.get(key, {}) for key in keys))
 
     def diffs(self, a, b, tests=HALVES, *args, **at) -> str:
         digits = {"nll": 3}.get(at.get("metric"), 1)
@@ -99,7 +111,7 @@ def choice_tables(found: dict) -> str:
 def base_to_new_tables(f: Figures) -> str:
     names = ["zero-shot", "CoOp", "ProGrad", "CE + KL"]
     tasks = [*f.tasks, "mean"]
-    text = "## ProGrad, base to new, 16 shots\n\nBase / new / H, mean ± std over 5 seeds.\n\n"
+    text = f"## ProGrad, base to new, 16 shots\n\nBase / new / H, mean ± std over {f.seeds} seeds.\n\n"
     lines = [[short(task), *(f.cells(name, task=task) for name in names)] for task in tasks]
     text += (
         table.markdown(["task", *names], lines) + "\n\nDifferences seed by seed ± standard error, base / new / H.\n\n"
@@ -141,15 +153,14 @@ def few(method: str, noise: float = 0.0, init: str = "template") -> str:
 
 
 def few_shot_tables(f: Figures) -> str:
-    text = (
-        "## ProGrad, few-shot, all classes\n\nAccuracy, mean over tasks, by shots. Random start: 3 seeds, else 5.\n\n"
-    )
+    text = f"## ProGrad, few-shot, all classes\n\nAccuracy, mean over tasks and {f.seeds} seeds, by shots.\n\n"
     shots = [f"{k}" for k in SHOTS]
     lines = [["zero-shot", *(f.cell("zero-shot", "all", shots=k) for k in SHOTS)]]
     kinds = [(0.0, "template", ""), (0.3, "template", ", 30 % wrong labels"), (0.0, "random", ", random start")]
     for noise, init, label in kinds:
         for m in ("CoOp", "ProGrad", "CE + KL"):
-            lines.append([m + label, *(f.cell(few(m, noise, init), "all", shots=k) for k in SHOTS)])
+            name = few(m, noise, init)
+            lines.append([m + label + f.share(name, "all", 1), *(f.cell(name, "all", shots=k) for k in SHOTS)])
     text += table.markdown(["", *shots], [line for line in lines if any(line[1:])]) + "\n\n"
     text += "Differences seed by seed ± standard error:\n\n"
     lines = []
@@ -202,13 +213,15 @@ def vpt_tables(f: Figures, title: str) -> str:
                ("base", "ece"), ("new", "ece")]  # fmt: skip
     header = ["", "base", "new", "H", "NLL base", "NLL new", "ECE base", "ECE new", "AUROC base", "AUROC new"]
     names = ["zero-shot", *(name for pair in PAIRS for name in pair[::-1])]
+    names = [name for name in names if f.get(name, "base")]
     lines = [
         [name, *(f.cell(name, test, metric=metric) for test, metric in columns), *aurocs(f, name)] for name in names
     ]
-    text = f"## VPT, {title}\n\nMean over tasks ± std over seeds, 16 shots. AUROC: entropy tells wrong from right.\n\n"
+    text = f"## VPT, {title}\n\nMean over {', '.join(map(short, f.tasks))}, ± std over {f.seeds} seeds, 16 shots. "
+    text += "AUROC: how well the entropy of a prediction tells wrong from right.\n\n"
     text += table.markdown(header, lines) + "\n\nDifferences seed by seed ± standard error:\n\n"
     lines = [[f"{a} - {b}", *(f.diffs(a, b, [test], metric=metric) for test, metric in columns)]
-             for pair in PAIRS for a, b in (pair, (pair[0], "zero-shot"))]  # fmt: skip
+             for pair in PAIRS if f.get(pair[0], "base") for a, b in (pair, (pair[0], "zero-shot"))]  # fmt: skip
     text += table.markdown(header[:8], lines) + "\n\nEach task, base / new / H:\n\n"
     lines = [[short(task), *(f.cells(name, task=task) for name in names)] for task in f.tasks]
     return text + table.markdown(["task", *names], lines) + "\n\n"
@@ -229,7 +242,7 @@ def aurocs(f: Figures, name: str) -> list[str]:
 KNOBS = ["samples", "residual_scale", "kl_weight", "ctx_init"]
 
 
-def knob(samples=8, u=0.08, kl=0.001, words="a photo of a", name="VPT global") -> str:
+def knob(samples=8, u=U, kl=0.001, words="a photo of a", name="VPT global") -> str:
     return f"{name}, samples {samples}, residual_scale {u}, kl_weight {kl}, ctx_init {words}"
 
 
@@ -237,14 +250,13 @@ def sweep_tables(f: Figures, contexts: dict[int, str]) -> str:
     plain = "CoOp (as VPT's)"
     rows = {f"L = {L}": knob(L) for L in (1, 2, 5, 8, 10, 20)}
     rows |= {f"L = {L}, mean residual": f"{knob(L)}: mean_residual" for L in (1, 2, 5, 8, 10, 20)}
-    rows |= {f"u = {u:g}": knob(u=u) for u in (0.02, 0.08, 0.3, 1.0)}
+    rows |= {f"u = {u:g}": knob(u=u) for u in (0.02, 0.08, U, 1.0)}
     rows |= {f"KL weight {k:g}": knob(kl=k) for k in (0.0, 0.001, 0.1, 1.0)}
     rows |= {f"M = {m}": knob(words=text) for m, text in contexts.items()}
     rows |= {f"M = {m}, deterministic": knob(0, words=text, name=plain) for m, text in contexts.items()}
-    text = (
-        f"## VPT (global): one thing changed at a time, 40 epochs, lr 0.02\n\nTasks: {', '.join(map(short, f.tasks))}; "
-    )
-    text += "3 seeds. Default: L = 8, u = 0.08, KL weight 0.001, M = 4. Difference to the default.\n\n"
+    text = f"## VPT (global): one thing changed at a time, lr {SWEEP['lr']}, {SWEEP['epochs']} epochs\n\n"
+    text += f"Mean over {', '.join(map(short, f.tasks))}, {f.seeds} seeds. Default: L = 8, u = {U}, KL weight 0.001, "
+    text += "M = 4. Difference to the default.\n\n"
     lines = []
     for label, name in rows.items():
         nll = " / ".join(f.cell(name, test, metric="nll") for test in ("base", "new"))
@@ -331,7 +343,6 @@ def pictures(out: Path, few_shot: Figures, curves: Figures, long: Figures, prore
 
 def write(out: Path) -> None:
     import toy_claims
-    import toy_study
 
     b2n, vpt, long = (Figures(out / f"{name}.jsonl") for name in ("prograd_base_to_new", "vpt", "vpt_long"))
     controls = Figures(out / "prograd_controls.jsonl", CONTROLS)
@@ -343,11 +354,11 @@ def write(out: Path) -> None:
     text = "# The toy world, measured\n\nMade by `python benchmark/toy_study.py tables` from the files beside it.\n\n"
     text += base_to_new_tables(b2n) + control_tables(controls) + few_shot_tables(few_shot) + curve_tables(curves)
     text += vpt_tables(vpt, "rate and epochs chosen on validation images")
-    text += vpt_tables(long, "trained long: lr 0.02, 40 epochs (image: 30 epochs, 3 seeds)")
-    text += sweep_tables(sweeps, toy_study.CONTEXTS) + proreg_tables(proreg, choices, toy_study.UNBIASED)
+    text += vpt_tables(long, f"trained long: lr {LONG['lr']}, {LONG['epochs']} epochs")
+    text += sweep_tables(sweeps, CONTEXTS) + proreg_tables(proreg, choices, UNBIASED)
     (out / "tables.md").write_text((text + choice_tables(choices)).rstrip() + "\n", encoding="utf-8")
     claims = toy_claims.prograd(b2n, controls, few_shot, curves) + toy_claims.proreg(proreg, choices)
-    claims += toy_claims.vpt(vpt, long, sweeps, toy_study.CONTEXTS)
+    claims += toy_claims.vpt(vpt, long, sweeps, CONTEXTS)
     (out / "claims.md").write_text(toy_claims.page(claims), encoding="utf-8")
     pictures(out, few_shot, curves, long, proreg)
     print(f"written to {out}: tables.md, claims.md, few_shot.svg, learning_curves.svg, reliability.svg, id_ood.svg")

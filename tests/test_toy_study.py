@@ -79,9 +79,27 @@ def test_every_method_has_the_same_grid():
 
 
 def test_headline_groups_have_all_tasks_and_five_seeds():
-    for group in ("prograd_base_to_new", "prograd_few_shot", "vpt", "prograd_controls"):
+    for group in ("prograd_base_to_new", "vpt", "prograd_controls"):
         jobs = [job["flags"] for job in toy_study.plan(TASKS, world.BIASED, chosen()) if job["group"] == group]
         assert {job["dataset"] for job in jobs} == set(TASKS) and {job["seed"] for job in jobs} == {1, 2, 3, 4, 5}
+
+
+def test_the_default_residual_scale_is_vpts():
+    import vpt
+
+    assert toy_study.U == vpt.DEFAULTS["toy"]["residual_scale"]
+
+
+def test_runs_of_two_defaults_are_not_mixed(tmp_path):
+    jobs = [toy_study.job("vpt", "vpt", TASKS[0], seed, samples=8, classes="base", shots=16) for seed in (1, 2)]
+    for job, weight_decay in zip(jobs, (5e-4, 1e-3)):
+        folder = toy_study.folder(tmp_path, job)
+        folder.mkdir()
+        settings = {"seed": job["flags"]["seed"], "lr": 0.02, "weight_decay": weight_decay, "out_dir": str(folder)}
+        (folder / "result.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(SystemExit, match="weight_decay is"):
+        toy_study.check_defaults(jobs, tmp_path)
+    toy_study.check_defaults(jobs[:1], tmp_path)
 
 
 def test_flags_become_words():
@@ -117,7 +135,7 @@ def invent(job, folder):
         "classes": args.classes,
         "model": "toyclip",
         "pretrained": "/x/weights.safetensors",
-        "protocol": {"n_train": 9},
+        "protocol": {"n_train": 9, "template": "a photo of a {}."},
     }
     result |= {"split": f"{args.dataset} {args.shots} {args.seed} {args.classes} {args.label_noise} {args.toy_bias}"}
     result |= {"tests": tests, "harmonic_mean": runs.harmonic_means(tests), "settings": settings, "commit": "abc"}
