@@ -6,16 +6,16 @@ tokens, P prefix tokens (SOS + context), S suffix tokens (class name, ".", EOT),
     python common.py --dataset toy_fillshapes_sketch --model toyclip      # the zero-shot table of a dataset
 """
 
+import bisect
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
+import functools
 import logging
 import math
+import mmap
 import os
 import sys
-import time
 import warnings
 import zipfile
 from importlib.metadata import version
@@ -30,7 +30,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import data
 from data import UserError, draw_seed
 
 HERE = Path(__file__).resolve().parent
@@ -124,7 +123,12 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path), False
-        if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        code = [
+            name for name in (zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ()) if "/code/" in name
+        ]
+        if code:
+            if any(b"__setstate__" in zipfile.ZipFile(path).read(name) for name in code):
+                raise ValueError("its code would run while it is loaded")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch deprecates TorchScript; OpenAI's own files are made of it
                 state = torch.jit.load(path, map_location="cpu").state_dict()
@@ -135,11 +139,20 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
             ):  # numbers OpenAI stores beside the weights
                 state.pop(size, None)
             return state, True
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_pickle(path)
         state = state.get("state_dict", state)
         return {key.removeprefix("module."): value for key, value in state.items()}, False
     except Exception as error:  # a broken file can fail in any of three libraries
         raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def load_pickle(path: str | Path):
+    """torch.load of a file that may be a stranger's: executes nothing, takes no more memory than the file has bytes."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        bomb = content.find(b"bytearray\n") >= 0  # the one call that torch allows to take any amount
+    if bomb or zipfile.is_zipfile(path) and any(r.compress_type for r in zipfile.ZipFile(path).infolist()):
+        raise ValueError("it could grow without bound")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_strictly(net: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -238,42 +251,42 @@ def encode_prompts(clip: Clip, prefix: torch.Tensor, suffix: torch.Tensor, eot: 
     Work: P + C * (mean name length) tokens, not C * (context length). Differentiable in prefix and suffix.
     """
     tower = text_tower(clip.model)
-    blocks, position = tower.transformer.resblocks, tower.positional_embedding
-    (G, P, W), C = prefix.shape, len(suffix)
+    position, (G, P, W), C = tower.positional_embedding, prefix.shape, len(suffix)
     lengths, order = torch.sort(eot + 1, stable=True)
     S = int(lengths[-1])
     if P + S > len(position):
         raise UserError(f"a prompt of {P + S} tokens, and the model takes {len(position)}: use a smaller --n-ctx")
-    x, memory = prefix + position[:P], []  # memory: each layer's keys and values of the prefix, [G, H, P, W/H]
-    for layer, block in enumerate(blocks):
-        q, k, v = (part.transpose(1, 2) for part in heads(block, x))
-        memory += [k, v]
-        if layer + 1 < len(blocks):  # nobody reads the prefix's own output
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = finish_block(block, x, mixed.transpose(1, 2).reshape(G, P, W))
-
     # WHY sorted by length: tokens are packed without padding, and the classes of one length share one attention call.
     real = torch.arange(S, device=eot.device) < lengths[:, None]  # [C, S], False on padding
     tokens = (suffix[order, :S] + position[P : P + S])[real]  # [T, W], class after class
     ends = [0, *lengths.cumsum(0).tolist()]
     # Blocks of (G, C) bound what is alive; with gradients a block is computed again in the backward pass.
     grad = torch.is_grad_enabled() and (prefix.requires_grad or suffix.requires_grad)
-    budget = int(clip.memory_gb * 1e9 / activation_bytes(blocks, W, grad))  # tokens alive at once
-    g_step, cuts = max(1, budget // ends[-1]), [0]
+    budget = int(clip.memory_gb * 1e9 / activation_bytes(tower.transformer.resblocks, W, grad))  # tokens alive at once
+    g_step, cuts = max(1, budget // (P + ends[-1])), [0]
     while cuts[-1] < C:
-        fits = [c for c in range(cuts[-1] + 1, C + 1) if ends[c] - ends[cuts[-1]] <= budget]
-        cuts.append(max(fits, default=cuts[-1] + 1))
+        cuts.append(max(cuts[-1] + 1, bisect.bisect(ends, ends[cuts[-1]] + budget) - 1))
+    again = functools.partial(checkpoint, use_reentrant=False)
+    run = again if grad and (g_step < G or len(cuts) > 2) else lambda function, *inputs: function(*inputs)
+    spans = list(zip(lengths.cpu().tensor_split(cuts[1:-1]), tokens.tensor_split([ends[c] for c in cuts[1:-1]])))
     rows = []
-    for g in range(0, G, g_step):
-        row = []
-        for c0, c1 in zip(cuts, cuts[1:]):
-            keep = [m[g : g + g_step] for m in memory]
-            call = (tower, lengths[c0:c1].tolist(), tokens[ends[c0] : ends[c1]].expand(len(keep[0]), -1, -1), *keep)
-            whole = not grad or (g_step >= G and len(cuts) == 2)
-            row.append(encode_suffixes(*call) if whole else checkpoint(encode_suffixes, *call, use_reentrant=False))
+    for part in (prefix + position[:P]).split(g_step):
+        memory = run(encode_prefix, tower, part)
+        row = [run(encode_suffixes, tower, n.tolist(), x.expand(len(part), -1, -1), *memory) for n, x in spans]
         rows.append(torch.cat(row, dim=1))
     features, projection = torch.cat(rows)[:, torch.argsort(order)], tower.text_projection  # [G, C, W], caller's order
     return projection(features) if isinstance(projection, torch.nn.Module) else features @ projection
+
+
+def encode_prefix(tower: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Prefixes x [g, P, W] → the memory of them: keys and values of each layer in turn, each [g, H, P, W/H]."""
+    memory = []
+    for block in tower.transformer.resblocks:
+        q, k, v = (part.transpose(1, 2) for part in heads(block, x))
+        memory += [k, v]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = finish_block(block, x, mixed.transpose(1, 2).flatten(2))  # the last layer's is read by nobody
+    return memory
 
 
 def encode_suffixes(tower: torch.nn.Module, lengths: list[int], x: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
@@ -320,105 +333,20 @@ def finish_block(block: torch.nn.Module, x: torch.Tensor, mixed: torch.Tensor) -
 
 
 def activation_bytes(blocks, W: int, grad: bool) -> int:
-    """Bytes one suffix token keeps alive, rounded up: 20 W floats a layer for a backward pass, else 40 W in all."""
-    return 4 * W * (20 * len(blocks) if grad else 40)
+    """Bytes a token takes at most: for a backward pass 25 W floats a layer (15 W without what the C library's allocator
+    holds back), else 40 W in all. Measured with benchmark/speed.py."""
+    return 4 * W * (25 * len(blocks) if grad else 40)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Images: one pass of the frozen encoder over a list of images, shared by processes, cached on disk
+# 3. Precision, versions, files
 # ----------------------------------------------------------------------------------------------------------------------
-class ImageSet(torch.utils.data.Dataset):
-    """items → (image [3, H, W], label, position). View `view` of image i is a pure function of (seed, view, i)."""
-
-    def __init__(self, items: list[data.Item], transform, seed: int = 0, view: int = 0):
-        self.items, self.transform, self.seed, self.view = items, transform, seed, view
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int):
-        address, label = self.items[i]
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator: lend it this image's
-            torch.manual_seed(draw_seed(self.seed, "view", self.view, i))
-            return self.transform(data.read_image(address)), label, i
-
-
-def image_loader(images: torch.utils.data.Dataset, workers: int, **batching) -> torch.utils.data.DataLoader:
-    """A DataLoader; short lists are decoded in this process, for starting another one costs more than 64 images do."""
-    return torch.utils.data.DataLoader(images, num_workers=min(workers, len(images) // 64), **batching)
-
-
 def autocast(clip: Clip, differentiate: bool = False):
     """Mixed precision as --precision says. WHY not fp16 with gradients: they underflow; that pass then runs in fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(clip.precision)
     if dtype is None or (differentiate and dtype is torch.float16):
         return contextlib.nullcontext()
     return torch.autocast(torch.device(clip.device).type, dtype)
-
-
-def encode_images(clip: Clip, items: list, transform, args, *, view: int = 0, keep: bool = True, what: str = "images"):
-    """Image features [N, D] (fp32, unnormalised, on clip.device) and labels [N] of one view of `items`.
-
-    Reads args.seed, args.workers and args.cache_dir. Cached (if `keep`) under a key of all that changes a feature. Of
-    several processes each encodes its share and all get the whole. FloatingPointError if a feature is not finite.
-    """
-    labels, world = torch.tensor([label for _, label in items], device=clip.device), world_size()
-    path = None
-    if keep and args.cache_dir != "none":
-        path = Path(args.cache_dir, f"{feature_key(clip, items, transform, args.seed, view)}.safetensors")
-    found = broadcast(read_features(path) if path and rank() == 0 else None)
-    if found:
-        log(f"{what}: {len(items)} features from the cache, {found[1]:.1f} s saved")
-        return found[0].to(clip.device), labels
-    start, rows = time.time(), [torch.zeros(0, clip.dim, device=clip.device)]
-    mine = torch.utils.data.Subset(ImageSet(items, transform, args.seed, view), range(rank(), len(items), world))
-    with torch.no_grad(), autocast(clip):
-        for images, _, _ in progress(image_loader(mine, args.workers, batch_size=256), f"encode {what}"):
-            rows.append(clip.model.encode_image(images.to(clip.device)).float())
-    features = gather_rows(torch.cat(rows), len(items))
-    SECONDS["encode"] += time.time() - start
-    if not features.isfinite().all():
-        address = items[int((~features.isfinite()).any(dim=1).nonzero()[0])][0]
-        raise FloatingPointError(
-            f"the image feature of {address} is not finite: try --precision fp32, check the weights"
-        )
-    if path and rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        note = {"seconds": f"{time.time() - start:.2f}", "sha1": sha1(features)}
-        write_atomic(path, safetensors.torch.save({"features": features.cpu().contiguous()}, note))
-    return features, labels
-
-
-def feature_key(clip: Clip, items: list, transform, seed: int, view: int) -> str:
-    """Hash of all that decides features: weights, activation, precision, device, versions, transform, draw, files."""
-
-    def stamp(address: str):
-        status = os.stat(data.world.__file__ if address.startswith("toy:") else address)
-        return address, status.st_size, status.st_mtime_ns
-
-    weights = [sha1(value) for value in clip.model.visual.state_dict().values()]
-    parts = [weights, clip.activation, clip.precision, torch.device(clip.device).type, versions(), repr(transform)]
-    parts += [seed, view] if transform is not clip.preprocess else []  # the test transform draws nothing
-    return hashlib.sha1(json.dumps([parts, [stamp(address) for address, _ in items]]).encode()).hexdigest()
-
-
-def read_features(path: Path) -> tuple[torch.Tensor, float] | None:
-    """Cached features and the seconds they took, or None; a truncated or damaged file is named and made again."""
-    if not path.exists():
-        return None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            features, note = file.get_tensor("features"), file.metadata()
-        if sha1(features) == note["sha1"]:
-            return features, float(note["seconds"])
-    except Exception as error:  # any damage at all: the cache is only a copy
-        log(f"note: {error}")
-    log(f"warning: the cached features in {path} are damaged; encoding again")
-    return None
-
-
-def sha1(tensor: torch.Tensor) -> str:
-    return hashlib.sha1(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def versions() -> dict[str, str]:

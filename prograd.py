@@ -59,6 +59,7 @@ import torch.nn.functional as F
 import common
 import data
 import runs
+import vision
 from common import Clip
 from data import UserError
 
@@ -196,7 +197,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
     teacher = common.zero_shot_classifier(clip, task.classnames, templates)  # [C, D]
     hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(learner.parameters(), **hyper)
-    first, val = runs.resume(out, "prograd", learner, optimizer), runs.encode_val(args, clip, task)
+    first, val = runs.resume(out, "prograd", learner, optimizer), vision.encode_val(args, clip, task)
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
         order = common.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> dict:
         return result
     task, clip = runs.prepare(args)
     out = runs.open_run(args, "prograd")
-    views, tests = runs.training_views(args, clip, task.train), runs.encode_tests(args, clip, task)
+    views, tests = vision.training_views(args, clip, task.train), vision.encode_tests(args, clip, task)
     # The baseline is CoOp, λ = 0, from the same start on the same batches; of a run that is itself CoOp there is none.
     plain = runs.open_baseline(args, out, "prograd", lam=0.0) if args.compare and args.lam != 0 else None
     baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir)) if plain else None

@@ -64,6 +64,7 @@ from torch import nn
 import common
 import data
 import runs
+import vision
 from common import Clip
 from data import UserError
 
@@ -238,7 +239,7 @@ def train(args, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
     scaler.load_state_dict(optimizer.param_groups[0].get("scaler") or scaler.state_dict())
     classifier, table = F.normalize(text, dim=-1), None  # the teacher's, [C, D]
     if args.augment == "none" and args.loss != "ce":  # it sees the same images in every epoch: one pass is enough
-        x, _ = runs.encode(args, clip, task.train, clip.preprocess, task.train, what="training images")  # [N, D], unit
+        x, _ = vision.encode(args, clip, task.train, clip.preprocess, task.train, what="training images")  # [N, D]
         table = clip.scale * x.to(text) @ classifier.T  # [N, C]
     N, steps = len(task.train), -(-len(task.train) // args.batch_size)  # steps an epoch, the partial batch too
     for epoch in range(first, args.epochs):
@@ -298,8 +299,8 @@ def draw_epoch(args, clip: Clip, task: data.Task, epoch: int):
     mine = [batch[common.rank() :: common.world_size()] for batch in order]
     parts = [[part.tolist() for part in share.chunk(args.accumulate) if len(part)] for share in mine]
     view = epoch % args.views if args.views else epoch
-    images = common.ImageSet(task.train, data.train_transform(clip.preprocess, args.augment), args.seed, view)
-    loader = iter(common.image_loader(images, args.workers, batch_sampler=sum(parts, [])))
+    images = vision.ImageSet(task.train, data.train_transform(clip.preprocess, args.augment), args.seed, view)
+    loader = iter(vision.image_loader(images, args.workers, batch_sampler=sum(parts, [])))
     return order, (([tensor.to(clip.device) for tensor in next(loader)] for _ in share) for share in parts)
 
 
@@ -345,7 +346,7 @@ def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test)
     """
     tuned = dataclasses.replace(clip, model=learner.eval())
     what = f"{test.domain or test.classes} images of {test.name}, tuned encoder"
-    x, labels = common.encode_images(tuned, test.items, clip.preprocess, args, keep=False, what=what)  # [N, D]
+    x, labels = vision.encode_images(tuned, test.items, clip.preprocess, args, keep=False, what=what)  # [N, D]
     if test.classnames == learner.classnames:
         return learner(x), labels
     if set(test.classnames) <= set(learner.classnames):
@@ -435,7 +436,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.head == "mlp" and (args.wise_ft or any(set(test.classnames) - trained for test in task.tests)):
         raise UserError("--head mlp has no prompt: no --wise-ft, no unseen classes (--classes base, --test-on)")
     out = runs.open_run(args, "proreg")
-    tests, compare = runs.encode_tests(args, clip, task), args.compare and args.loss != "ce"
+    tests, compare = vision.encode_tests(args, clip, task), args.compare and args.loss != "ce"
     plain = runs.open_baseline(args, out, "proreg", loss="ce", alpha=0.0) if compare else None
     baseline = fit(plain, clip, task, tests, Path(plain.out_dir)) if plain else None
     result = fit(args, clip, task, tests, out, baseline)

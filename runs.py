@@ -5,7 +5,6 @@ written under a temporary name and renamed, so a killed run leaves the old file 
 """
 
 import argparse
-import functools
 import io
 import json
 import math
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import common
 import data
+import vision
 from common import Clip, evaluate, harmonic_mean, log, write_atomic
 from data import UserError
 
@@ -191,50 +190,6 @@ def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
         log(f"note: {note}")
     args.trained_on = {"classnames": task.classnames, "template": task.template}  # for tools/use.py
     return task, clip
-
-
-def encode(args: argparse.Namespace, clip: Clip, items: list, transform, all_items: list, **which):
-    """Unit features [N, D] and labels [N]. If an image is broken, all broken ones of `all_items` are named at once."""
-    try:
-        x, labels = common.encode_images(clip, items, transform, args, **which)
-    except UserError as error:
-        bad = [f"{address}: {reason}" for address, reason in data.bad_images(all_items)]
-        raise UserError(f"{len(bad)} broken images, mend or remove them: {'; '.join(bad) or error}") from error
-    return F.normalize(x, dim=-1), labels
-
-
-def training_views(args: argparse.Namespace, clip: Clip, items: list):
-    """A function epoch → unit features [N, D], labels [N]: one view, V cached views in turn, or always a fresh one."""
-    transform, fresh = data.train_transform(clip.preprocess, args.augment), args.augment != "none" and args.views == 0
-
-    @functools.lru_cache(maxsize=1 if fresh else None)
-    def encode_view(view: int):
-        what = f"training images, view {view}"
-        return encode(args, clip, items, transform, items, view=view, keep=not fresh, what=what)
-
-    return lambda epoch: encode_view(epoch if fresh else 0 if args.augment == "none" else epoch % args.views)
-
-
-def encode_tests(args: argparse.Namespace, clip: Clip, task: data.Task) -> list[dict]:
-    """For each test set: {test, x: unit features [N, D], labels [N], zero_shot: logits [N, C]}."""
-    rows, every = [], task.train + [item for test in task.tests for item in test.items]
-    for test in task.tests:
-        what = f"{args.test_part} images of {test.name}, {test.domain or test.classes}"
-        x, labels = encode(args, clip, test.items, clip.preprocess, every, what=what)
-        classifier = common.zero_shot_classifier(clip, test.classnames, test.template)
-        rows.append({"test": test, "x": x, "labels": labels, "zero_shot": clip.scale * x @ classifier.T})
-    return rows
-
-
-def encode_val(args: argparse.Namespace, clip: Clip, task: data.Task):
-    """Unit features and labels of the validation part for --eval-every: for curves, they select nothing. None without.
-
-    WHY before training: the processes encode together, and afterwards only the first one trains."""
-    if not args.eval_every:
-        return None
-    if not task.val:
-        raise UserError(f"--eval-every needs a validation part, and {task.name} has none")
-    return encode(args, clip, task.val, clip.preprocess, task.val, what="validation images")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,7 +426,7 @@ def zero_shot_table(argv: list[str] | None = None) -> dict:
     rows, result = [["", "images", "accuracy %", "NLL nats", "ECE %"]], {}
     for classes in ("all", "base"):
         args.classes, wanted = classes, {"all"} if classes == "all" else {"base", "new"}
-        for row in encode_tests(args, clip, data.load_from_args(args)):
+        for row in vision.encode_tests(args, clip, data.load_from_args(args)):
             if row["test"].classes in wanted:
                 m, name = evaluate(row["zero_shot"], row["labels"]), row["test"].domain or row["test"].name
                 result[f"{name} {row['test'].classes}"] = m

@@ -73,6 +73,7 @@ import torch.nn.functional as F
 import common
 import data
 import runs
+import vision
 from common import Clip
 from data import UserError
 
@@ -265,7 +266,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
     learner = new_learner(args, clip, context)
     hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(learner.parameters(), **hyper)  # parameters without a gradient are not decayed either
-    first, val = runs.resume(out, "vpt", learner, optimizer), runs.encode_val(args, clip, task)
+    first, val = runs.resume(out, "vpt", learner, optimizer), vision.encode_val(args, clip, task)
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
         order = common.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> dict:
         return result
     task, clip = runs.prepare(args)
     out = runs.open_run(args, "vpt")
-    views, tests = runs.training_views(args, clip, task.train), runs.encode_tests(args, clip, task)
+    views, tests = vision.training_views(args, clip, task.train), vision.encode_tests(args, clip, task)
     # The baseline is deterministic, from the same start on the same batches; a run that is itself that has none.
     plain = runs.open_baseline(args, out, "vpt", samples=0, eval_samples=0) if args.compare and args.samples else None
     baseline = fit(plain, clip, task, views, tests, Path(plain.out_dir)) if plain else None

@@ -111,7 +111,7 @@ def first_step(g: Recording, golden: GoldenWorld, case: str) -> dict:
         runs.save_checkpoint(Path(out), "proreg", args, start, 0)
         with (
             mock.patch("proreg.prompt_features", lambda *_: text),
-            mock.patch("common.ImageSet", Images),
+            mock.patch("vision.ImageSet", Images),
             mock.patch("common.check_finite", check_finite),
             mock.patch.object(proreg.PromptedClassifier, "forward", classify),
             mock.patch.object(torch.optim.AdamW, "step", step),

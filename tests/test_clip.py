@@ -22,6 +22,7 @@ from PIL import Image
 import common
 import data
 import runs
+import vision
 from common import Clip
 
 WORDS = "cat dog tesla model s sedan (blue) boeing 737-300 forget-me-not apple_pie cocker spaniel t-shirt".split()
@@ -253,9 +254,9 @@ def small_models(tmp_path_factory) -> None:
     """Two small architectures in open_clip's registry, each with and without QuickGELU in its name."""
     folder = tmp_path_factory.mktemp("configs")
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    for name, vision in (("small-vit", VIT), ("small-resnet", RESNET)):
+    for name, tower in (("small-vit", VIT), ("small-resnet", RESNET)):
         for suffix, quick in (("", {}), ("-quickgelu", {"quick_gelu": True})):
-            config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text} | quick
+            config = {"embed_dim": 24, "vision_cfg": tower, "text_cfg": text} | quick
             (folder / f"{name}{suffix}.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(folder)
 
@@ -553,7 +554,7 @@ def crop(clip: Clip):
 def encodes(clip: Clip, *args, **kwargs) -> tuple[torch.Tensor, int]:
     """Features, and how often the image tower was called."""
     with mock.patch.object(clip.model, "encode_image", wraps=clip.model.encode_image) as tower:
-        features, labels = common.encode_images(clip, *args, **kwargs)
+        features, labels = vision.encode_images(clip, *args, **kwargs)
     items = args[0]
     assert labels.tolist() == [label for _, label in items] and features.shape == (len(items), clip.dim)
     return features, tower.call_count
@@ -582,7 +583,7 @@ def test_what_changes_a_feature_changes_the_key(clip, tmp_path):
     items = [(str(path), 0)]
 
     def key(clip=clip, items=items, transform=clip.preprocess, seed=1, view=0):
-        return common.feature_key(clip, items, transform, seed, view)
+        return vision.feature_key(clip, items, transform, seed, view)
 
     other = common.dataclasses.replace(clip, model=world().clip_rn().model)
     keys = [key(), key(clip=other), key(items=TOY), key(items=items * 2), key(transform=crop(clip))]
@@ -633,7 +634,7 @@ def test_views_are_pure_functions_of_seed_view_and_position(clip, tmp_path):
 
 def test_order_does_not_depend_on_workers(clip):
     items = TOY * 30  # three batches; every position has a crop of its own
-    assert common.image_loader(items, 2).num_workers == 2
+    assert vision.image_loader(items, 2).num_workers == 2
     alone, _ = encodes(clip, items, crop(clip), args_of("none"))
     shared, _ = encodes(clip, items, crop(clip), args_of("none", workers=2))
     assert torch.equal(alone, shared)
@@ -647,7 +648,7 @@ def test_wrong_features_stop_the_run(clip, tmp_path):
 
     with mock.patch.object(clip.model, "encode_image", broken):
         with pytest.raises(FloatingPointError, match=TOY[3][0]):
-            common.encode_images(clip, TOY, clip.preprocess, args_of(tmp_path))
+            vision.encode_images(clip, TOY, clip.preprocess, args_of(tmp_path))
     assert not list(tmp_path.iterdir())  # and are not cached
 
 

@@ -16,6 +16,7 @@ import common
 import data
 import proreg
 import runs
+import vision
 from data import UserError
 
 
@@ -153,7 +154,7 @@ def test_starts_as_zero_shot_clip(photos):
     task, clip = runs.prepare(args)
     text = proreg.prompt_features(clip, task.classnames, task.template)
     learner = proreg.PromptedClassifier(clip, task.classnames, text).eval()
-    for row in runs.encode_tests(args, clip, task):
+    for row in vision.encode_tests(args, clip, task):
         logits, labels = proreg.tuned_logits(args, clip, learner, row["test"])
         assert torch.allclose(logits, row["zero_shot"], atol=1e-4) and torch.equal(labels, row["labels"])
 

@@ -42,6 +42,7 @@ import layouts
 import prograd
 import proreg
 import runs
+import vision
 import vpt
 from data import UserError
 
@@ -189,7 +190,7 @@ def predict(args: argparse.Namespace) -> None:
     paths = find_images(args.image)
     run, bad = open_run(args.run, args.classes, args.device), 0
     look = make_predictor(run)
-    loader = common.image_loader(Images(paths, run.clip.preprocess), args.workers, batch_size=BATCH, collate_fn=list)
+    loader = vision.image_loader(Images(paths, run.clip.preprocess), args.workers, batch_size=BATCH, collate_fn=list)
     with common.progress(paths, "predict") as bar:
         for batch in loader:
             good = [(path, image) for path, image in batch if torch.is_tensor(image)]
