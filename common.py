@@ -123,12 +123,7 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path), False
-        code = [
-            name for name in (zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ()) if "/code/" in name
-        ]
-        if code:
-            if any(b"__setstate__" in zipfile.ZipFile(path).read(name) for name in code):
-                raise ValueError("its code would run while it is loaded")
+        if refuse_traps(path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch deprecates TorchScript; OpenAI's own files are made of it
                 state = torch.jit.load(path, map_location="cpu").state_dict()
@@ -139,20 +134,26 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
             ):  # numbers OpenAI stores beside the weights
                 state.pop(size, None)
             return state, True
-        state = load_pickle(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return {key.removeprefix("module."): value for key, value in state.items()}, False
     except Exception as error:  # a broken file can fail in any of three libraries
         raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from error
 
 
-def load_pickle(path: str | Path):
-    """torch.load of a file that may be a stranger's: executes nothing, takes no more memory than the file has bytes."""
+def refuse_traps(path: str | Path) -> bool:
+    """Is it a TorchScript archive? ValueError if loading it would run its code, or take more memory than its size."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        bomb = content.find(b"bytearray\n") >= 0  # the one call that torch allows to take any amount
-    if bomb or zipfile.is_zipfile(path) and any(r.compress_type for r in zipfile.ZipFile(path).infolist()):
-        raise ValueError("it could grow without bound")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        trap = content.find(b"bytearray\n") >= 0  # torch's weights_only calls bytearray(N), for any N
+    code = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            code = [record for record in archive.infolist() if "/code/" in record.filename]
+            trap |= any(record.compress_type for record in archive.infolist() if record not in code)  # it may inflate
+            trap |= any(b"__setstate__" in archive.open(record).read(1 << 24) for record in code)  # runs when loaded
+    if trap:
+        raise ValueError("loading it would run code or take memory without bound; torch.save does not write such files")
+    return bool(code)
 
 
 def load_strictly(net: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -280,6 +280,7 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
     try:
+        common.refuse_traps(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         owner, _ = state["method"], (state["settings"]["dataset"], state["epoch"], state["tensors"].items())
     except Exception as error:  # any broken or foreign file
