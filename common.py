@@ -30,7 +30,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import UserError, draw_seed
+from data import UserError
 
 HERE = Path(__file__).resolve().parent
 SECONDS = collections.Counter()  # what loading and image encoding took in this run, for result.json
@@ -70,17 +70,14 @@ def load_clip(model: str = "toyclip", pretrained: str | None = None, device: str
         pretrained = pretrained or str(HERE / "toyclip" / "weights.safetensors")
     config = open_clip.get_model_config(name) if ":" not in name else None
     if config is None:
-        raise UserError(
-            f"unknown model {model}; python -c 'import open_clip; print(open_clip.list_models())' lists them"
-        )
+        raise UserError(f"unknown model {model}: python -c 'import open_clip as o; print(o.list_models())' lists them")
     refuse_text_tower(name, config["text_cfg"])
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not pretrained:
         raise UserError(f"--model {model} needs --pretrained: a weights file or one of {', '.join(tags) or 'no tags'}")
     # WHY: QuickGELU and GELU give different numbers, silently. So the activation follows the weights: a tag's own entry
     # decides; OpenAI's TorchScript archives are QuickGELU; for any other local file the model's name decides.
-    weights, quick = {}, bool(config.get("quick_gelu"))
-    plain = name.removesuffix("-quickgelu")
+    weights, quick, plain = {}, bool(config.get("quick_gelu")), name.removesuffix("-quickgelu")
     tag = None if os.path.isfile(pretrained) else pretrained  # a folder called openai is no file
     if tag:
         entry = open_clip.get_pretrained_cfg(name, tag) or open_clip.get_pretrained_cfg(plain, tag)
@@ -103,9 +100,7 @@ def load_clip(model: str = "toyclip", pretrained: str | None = None, device: str
         raise UserError(f"cannot load {pretrained} into {model}: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.disable(logging.NOTSET)
-    net = (
-        net.float().eval().requires_grad_(False).to(device)
-    )  # WHY eval: open_clip returns train mode (moving BatchNorm)
+    net = net.float().eval().requires_grad_(False).to(device)  # WHY eval: open_clip's train mode moves BatchNorm
     tower, known = text_tower(net), None
     if "token_ids" in weights:
         known = torch.zeros(len(tower.token_embedding.weight), dtype=torch.bool)
@@ -127,13 +122,8 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch deprecates TorchScript; OpenAI's own files are made of it
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-            for size in (
-                "input_resolution",
-                "context_length",
-                "vocab_size",
-            ):  # numbers OpenAI stores beside the weights
-                state.pop(size, None)
-            return state, True
+            sizes = {"input_resolution", "context_length", "vocab_size"}  # numbers OpenAI stores beside the weights
+            return {key: value for key, value in state.items() if key not in sizes}, True
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return {key.removeprefix("module."): value for key, value in state.items()}, False
@@ -297,9 +287,8 @@ def encode_suffixes(tower: torch.nn.Module, lengths: list[int], x: torch.Tensor,
     for layer, block in enumerate(tower.transformer.resblocks):
         keys, values = memory[2 * layer : 2 * layer + 2]
         spans = [part.split([n * count for n, count in runs], dim=1) for part in heads(block, x)]
-        mixed = torch.cat(
-            [attend(q, k, v, keys, values, n) for q, k, v, (n, _) in zip(*spans, runs)], dim=1
-        )  # [g, t, W]
+        parts = [attend(q, k, v, keys, values, n) for q, k, v, (n, _) in zip(*spans, runs)]
+        mixed = torch.cat(parts, dim=1)  # [g, t, W]
         if layer + 1 == len(tower.transformer.resblocks):
             x, mixed = x[:, last], mixed[:, last]  # of the last layer only EOT's output is read
         x = finish_block(block, x, mixed)
@@ -314,10 +303,9 @@ def attend(q, k, v, keys, values, n: int) -> torch.Tensor:
     q, k, v = (part.unflatten(2, (-1, n)) for part in (q, k, v))  # [g, H, c, n, d]
     future = torch.full((n, n), -math.inf, device=q.device, dtype=q.dtype).triu(1)
     to_self = q @ k.transpose(-1, -2) + future  # [g, H, c, n, n]
-    weight_prefix, weight_self = (
-        torch.cat([to_prefix, to_self], dim=-1).softmax(dim=-1).to(v.dtype).split([P, n], dim=-1)
-    )
-    mixed = weight_prefix.flatten(2, 3) @ values + (weight_self @ v).flatten(2, 3)  # [g, H, c·n, d]
+    weights = torch.cat([to_prefix, to_self], dim=-1).softmax(dim=-1).to(v.dtype)
+    on_prefix, on_self = weights.split([P, n], dim=-1)
+    mixed = on_prefix.flatten(2, 3) @ values + (on_self @ v).flatten(2, 3)  # [g, H, c·n, d]
     return mixed.transpose(1, 2).reshape(g, t, H * d)
 
 
@@ -334,13 +322,12 @@ def finish_block(block: torch.nn.Module, x: torch.Tensor, mixed: torch.Tensor) -
 
 
 def activation_bytes(blocks, W: int, grad: bool) -> int:
-    """Bytes a token takes at most: for a backward pass 25 W floats a layer (15 W without what the C library's allocator
-    holds back), else 40 W in all. Measured with benchmark/speed.py."""
+    """Bytes a token takes at most, by benchmark/speed.py: 25 W floats a layer for a backward pass, else 40 W."""
     return 4 * W * (25 * len(blocks) if grad else 40)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Precision, versions, files
+# 3. Precision, files, several processes (torchrun), output that only the first of them prints
 # ----------------------------------------------------------------------------------------------------------------------
 def autocast(clip: Clip, differentiate: bool = False):
     """Mixed precision as --precision says. WHY not fp16 with gradients: they underflow; that pass then runs in fp32."""
@@ -351,8 +338,8 @@ def autocast(clip: Clip, differentiate: bool = False):
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    libraries = {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")}
+    return {"python": sys.version.split()[0]} | libraries
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -368,9 +355,6 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Several processes (torchrun), and output that only the first of them prints
-# ----------------------------------------------------------------------------------------------------------------------
 def start_processes(device: str) -> str:
     """Join torchrun's process group if there is one, and resolve `auto` → the device of this process."""
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -429,7 +413,7 @@ def progress(iterable, text: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Numbers: what is measured, the schedule, the random draws
+# 4. Numbers: what is measured, the schedule, the guard
 # ----------------------------------------------------------------------------------------------------------------------
 def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """logits [N, C] (or log-probabilities), labels [N] → accuracy (percent), nll (nats), ece (15 bins, percent)."""
@@ -452,25 +436,12 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
-def generator(seed: int, purpose: str, *where: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone, so that no generator state has to be saved to resume."""
-    return torch.Generator().manual_seed(draw_seed(seed, purpose, *where))
-
-
-def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[torch.Tensor]:
-    """Shuffled batches of indices of one epoch, up to max_steps in all (0: no limit). As released, the partial batch is
-    dropped iff a full one exists."""
-    parts = torch.randperm(n, generator=generator(seed, "order", epoch)).split(size)
-    parts = parts[:-1] if n >= size and n % size else parts
-    return list(parts[: max(0, max_steps - epoch * len(parts))] if max_steps else parts)
-
-
 def check_finite(epoch: int, step: int, **quantities: torch.Tensor) -> None:
     """Stop with FloatingPointError, naming the quantity and the step, before a wrong number reaches the parameters."""
     for name, value in quantities.items():
         if not value.isfinite().all():
-            text = f"{name} is not finite in epoch {epoch}, step {step}: try a smaller --lr or --precision fp32"
-            raise FloatingPointError(f"{text}; the last checkpoint is kept")
+            where = f"{name} is not finite in epoch {epoch}, step {step}"
+            raise FloatingPointError(f"{where}; the last checkpoint is kept: try a smaller --lr or --precision fp32")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import warnings
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -73,6 +74,19 @@ class Task:
 def draw_seed(seed, purpose, *where) -> int:
     """A 63-bit seed that depends on nothing but the arguments: no generator's state ever has to be saved."""
     return int.from_bytes(hashlib.sha256(repr((seed, purpose, *where)).encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, *where: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone, so that no generator state has to be saved to resume."""
+    return torch.Generator().manual_seed(draw_seed(seed, purpose, *where))
+
+
+def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[torch.Tensor]:
+    """Shuffled batches of indices of one epoch, up to max_steps in all (0: no limit). As released, the partial batch is
+    dropped iff a full one exists."""
+    parts = torch.randperm(n, generator=generator(seed, "order", epoch)).split(size)
+    parts = parts[:-1] if n >= size and n % size else parts
+    return list(parts[: max(0, max_steps - epoch * len(parts))] if max_steps else parts)
 
 
 def by_label(items: list[Item]) -> dict[int, list[Item]]:

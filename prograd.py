@@ -132,7 +132,7 @@ def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int,
     """[M, W] ([C, M, W] if n_classes > 0): the template's tokens in the last slots and zeros before; or N(0, 0.02²)."""
     shape = (n_classes, n_ctx, clip.width) if n_classes else (n_ctx, clip.width)
     if init == "random":
-        draw = 0.02 * torch.randn(shape, generator=common.generator(seed, "context"))
+        draw = 0.02 * torch.randn(shape, generator=data.generator(seed, "context"))
         return draw.to(clip.device)
     words = template.split("{}")[0].strip() or "a photo of a"
     tokens = common.embed(clip, [common.token_ids(clip, words, clip.context_length)])[0][0, :-1]  # [k, W], without EOT
@@ -200,7 +200,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
     first, val = runs.resume(out, "prograd", learner, optimizer), vision.encode_val(args, clip, task)
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
-        order = common.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
+        order = data.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
         if common.rank() > 0 or not order:
             continue  # WHY: a step is too small to share, so the other processes only help to encode images
         lr = optimizer.param_groups[0]["lr"] = common.warmup_cosine(epoch, args.epochs, args.lr)

@@ -3,7 +3,7 @@
 The idea. Fine-tuning CLIP's image encoder raises the accuracy on images like the training images, and lowers it
 elsewhere: where all cows stand on grass, grass becomes a cow. The zero-shot prompt "a photo of a CLASS." knows better,
 but is too generic for a special task. ProReg fine-tunes towards both the label and the zero-shot prediction, and mixes
-them sample by sample: more of the prompt where it is right and sure, more of the label where it is not.
+them sample by sample: more of the prompt where it is right and sure, less where the tuned model is sure already.
 
 Equations (the numbers are this file's own: the paper could not be read in full)
     Eq. 1   p(c | x) = softmax over c of exp(σ) cos(f(x), t_c);  at the start CLIP's f, σ and t_c = T("a photo of a c.")
@@ -23,25 +23,24 @@ Equations (the numbers are this file's own: the paper could not be read in full)
     w, k         adaptive_weight, power              [B], number      --power (10 as released, 1 = the plain ratio)
     α, T         alpha, T                            numbers          --alpha --temperature
 
-Learned: the image encoder and the classifier. Frozen: the teacher, a second image encoder (one forward pass); the text
-encoder makes t and is done. Where it lies: between zero-shot CLIP (weak in-distribution, ID; decent elsewhere, OOD) and
-fine-tuning (the reverse), at a point that α and k choose. So do KD with one weight, the logit ensemble and WiSE-FT:
-compare at equal ID accuracy. It helps where training images hold a shortcut that the prompt does not take, not where
-zero-shot CLIP is wrong throughout. k = 10 and a prompt that is seldom sure leave w near 0: plain fine-tuning.
+Learned: the image encoder and the classifier. Frozen: the teacher, a second image encoder (one forward pass a step, or
+in all without augmentation); the text encoder makes t and is done. Where it lies: between zero-shot CLIP (weak in-
+distribution, ID; decent elsewhere, OOD) and fine-tuning (the reverse), at a point that α and k choose. So do KD with
+one weight, logit ensembles and WiSE-FT: compare at equal ID accuracy. It helps where training images hold a shortcut
+that the prompt does not take, not where zero-shot CLIP is wrong throughout. k = 10 and a prompt that is seldom sure
+(low logit scale, as toyclip's 21) leave w near 0: plain fine-tuning. α is a factor in Eq. 5, a share in Eq. 6.
 
 PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/ProReg at 102ff0b, is followed)
  1. k = 10 in the code; commented out are k = 1 and a ratio of losses. The paper's own weight was not seen.
  2. No weight decay on biases. Of layer norms the code names another model's, so CLIP's are decayed, as t and σ are.
- 3. AdamW is PyTorch's (the code's, of `transformers`, adds eps a little earlier and decays a little later), and
-    RandAugment(2, 9) torchvision's, whose list of operations is not the code's.
- 4. The partial last batch is kept and averaged over its own size. Over GPUs and accumulated parts the code averages
-    means of unequal parts; K processes here learn what one would.
+ 3. AdamW is PyTorch's, not that of `transformers`; RandAugment(2, 9) is torchvision's, with other operations.
+ 4. The partial last batch is kept, averaged over its own size; of K processes and accumulated parts the code averages
+    means of unequal parts, here they learn what one process would.
  5. The code keeps the epoch that is best on validation images (for BAR and DomainNet the ID test images), looked at
     twice an epoch. Here the last step is reported; --select val looks at the validation part after every epoch.
- 6. A `_` in a class name is a blank here; the code leaves it in the prompt.
- 7. Batch norm (RN50, toyclip; the code's towers have none) keeps CLIP's running statistics: those of a batch would
-    change all predictions before the first step, and forget what pretraining saw. --train-bn learns new ones.
- 8. The paper's VQA-CP experiment (ViLT, questions about pictures) is not in the released code and out of scope here.
+ 6. A `_` in a class name is a blank here; the code leaves it. VQA-CP (ViLT) is not in the code and out of scope here.
+ 7. Batch norm (RN50, toyclip) keeps CLIP's running statistics; its scale and shift are tuned. A batch's statistics
+    would change all predictions before the first step, and forget what pretraining saw. --train-bn learns new ones.
 
     python proreg.py                                                  # toy world and toy CLIP: a minute on a laptop
     python proreg.py --dataset pacs --test-domain sketch --paper      # the released protocol, ViT-B/32
@@ -131,7 +130,7 @@ class PromptedClassifier(nn.Module):
             self.text_features = nn.Parameter(text.clone())  # [C, D]
             self.logit_scale = nn.Parameter(clip.model.logit_scale.detach().clone())  # σ, a logarithm
         else:
-            (C, D), draw = text.shape, common.generator(seed, "mlp head")
+            (C, D), draw = text.shape, data.generator(seed, "mlp head")
             layers = [nn.Linear(D, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), nn.Linear(2 * D, C)]
             for layer in (layers[0], layers[3]):
                 nn.init.normal_(layer.weight, std=0.02, generator=draw)
@@ -189,14 +188,14 @@ DEFAULTS = {
                        "batch_size": 256, "epochs": 10, "augment": "randaugment", "power": 10.0, "compare": False},
     "fixed": {"head"},  # a checkpoint cannot be read with another value of it
 }  # fmt: skip
-# WHY k = 1 and a larger α on toy data: toyclip's logit scale is about 19 and not CLIP's 100. Its prompt is seldom sure
-# of a label, so that p_zs^10 is nearly 0 (plain fine-tuning), and L_kl is small beside L_ce.
+# WHY k = 1 and a larger α on toy data: toyclip's logit scale is 21 and not CLIP's 100. Its prompt is seldom sure of a
+# label, so that p_zs^10 is nearly 0 (plain fine-tuning); α = 4 is the best H on validation images, by a little.
 ALPHA = {"proreg": {"toy": 4.0, "paper": 2.0, "bar": 1.0, "nico_vehicle": 1.5}, "ce": {"toy": 0.0, "paper": 0.0},
          "kd": {"toy": 0.5, "paper": 0.5, "nico_animal": 0.9}}  # fmt: skip
 
 
 def paper_exceptions(settings: dict) -> dict:
-    """--paper: α of the released configuration files, where a dataset has its own (the other three have 2, or 0.5)."""
+    """--paper: α of the released configuration files where a dataset has its own; all others have the default's."""
     alphas, dataset = ALPHA[settings["loss"]], settings["dataset"]
     return {"alpha": alphas[dataset]} if dataset in alphas else {}
 
@@ -251,7 +250,7 @@ def train(args, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
         for step, batch in enumerate(common.progress(order, f"{out.name}, epoch {epoch + 1} of {args.epochs}")):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * warmup_linear(epoch * steps + step, args.epochs * steps, args.warmup)
-            for parameter in parameters:
+            for parameter in parameters:  # zeros and not None: a process without images in this batch adds these
                 parameter.grad = torch.zeros_like(parameter)
             for images, labels, index in next(stream):  # this process's parts of the batch: [b, 3, H, W], [b], [b]
                 with common.autocast(clip):
@@ -293,7 +292,7 @@ def train(args, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
 def draw_epoch(args, clip: Clip, task: data.Task, epoch: int):
     """The epoch's batches of image numbers (the last may be smaller), and an iterator over what this process takes of
     each: every K-th image, loaded, in at most --accumulate parts."""
-    draw = common.generator(args.seed, "order", epoch)
+    draw = data.generator(args.seed, "order", epoch)
     order = torch.randperm(len(task.train), generator=draw).split(args.batch_size)
     order = order[: max(0, args.max_steps - epoch * len(order))] if args.max_steps else order
     mine = [batch[common.rank() :: common.world_size()] for batch in order]
@@ -342,7 +341,7 @@ def end_epoch(args, clip: Clip, task: data.Task, out: Path, epoch: int, learner,
 def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, C] of a test set's images among its class names, and labels [N]. Processes share the images.
 
-    By the learned classifier if it has all of the names, else by their prompts: has the encoder forgotten them?
+    By the learned classifier if it has all of the names, else by their prompts, to see what the encoder has forgotten.
     """
     tuned = dataclasses.replace(clip, model=learner.eval())
     what = f"{test.domain or test.classes} images of {test.name}, tuned encoder"

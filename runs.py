@@ -131,9 +131,7 @@ def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, p
     kind = "toy" if dataset.startswith("toy_") else "paper"
     layers = [(COMMON, "default"), (defaults[kind], f"{kind} default"), (stored, origin), (typed, "typed")]
     sources = {key: source for layer, source in layers for key in layer}
-    for layer, _ in layers:
-        settings.update(layer)
-    settings["dataset"] = dataset
+    settings |= COMMON | defaults[kind] | stored | typed | {"dataset": dataset}
     if settings["model"] == "toyclip" and "pretrained" not in stored | typed:  # toyclip on your own images
         settings["pretrained"] = None
     shots = math.inf if settings["shots"] == "all" else settings["shots"]
@@ -144,32 +142,28 @@ def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, p
         exceptions = {key: value for key, value in paper(settings).items() if key not in stored | typed}
         settings |= exceptions
         sources |= dict.fromkeys(exceptions, "the paper's exception")
-    if settings["workers"] is None:
-        settings["workers"] = 0 if kind == "toy" else min(8, os.cpu_count() or 1)
+    settings["workers"] = typed.get("workers", 0 if kind == "toy" else min(8, os.cpu_count() or 1))
     args = argparse.Namespace(**settings, sources=sources)
     args.device = common.start_processes(args.device)
-    args.precision, why = choose_precision(args.precision, args.device)
-    args.sources |= {"precision": why} if why else {}
+    args.precision, sources["precision"] = choose_precision(args.precision, args.device, sources["precision"])
     if args.memory_gb is None:  # WHY the total and not what is free: block sizes change the last bits of a result
         cuda = torch.device(args.device).type == "cuda"
         args.memory_gb = torch.cuda.get_device_properties(args.device).total_memory / 2e9 if cuda else 4.0
     return args
 
 
-def choose_precision(precision: str, device: str) -> tuple[str, str]:
-    """(precision, why) of a --precision; the reason is empty where nothing was chosen."""
+def choose_precision(precision: str, device: str, origin: str) -> tuple[str, str]:
+    """(precision, why) of a --precision; where nothing was chosen for the user, why is its origin."""
     kind = torch.device(device).type
     if kind == "cpu" and precision == "fp16":
         raise UserError("--precision fp16 is for GPUs: use fp32 or bf16 on the CPU")
-    if precision != "auto":
-        return precision, ""
-    if kind != "cuda":
-        return "fp32", f"auto on {kind}"
+    if precision != "auto" or kind != "cuda":
+        return (precision, origin) if precision != "auto" else ("fp32", f"auto on {kind}")
     return ("bf16", "auto: the GPU has it") if torch.cuda.is_bf16_supported(False) else ("fp16", "auto: no bf16 here")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. What every run does before and around training
+# 2. What comes before training, and the run folder
 # ----------------------------------------------------------------------------------------------------------------------
 def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
     """Load data and CLIP, and print what a reader needs to trust or repeat the numbers."""
@@ -192,11 +186,8 @@ def prepare(args: argparse.Namespace) -> tuple[data.Task, Clip]:
     return task, clip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. The run folder
-# ----------------------------------------------------------------------------------------------------------------------
 def open_run(args: argparse.Namespace, method: str) -> Path:
-    """Make or find the run folder, write config.json. A finished or unfinished run is never overwritten."""
+    """Make or find the run folder, write config.json; on every process the same folder."""
     return Path(common.broadcast(make_folder(args, method) if common.rank() == 0 else None))
 
 
@@ -221,9 +212,8 @@ def make_folder(args: argparse.Namespace, method: str) -> str:
 def refuse_overwriting(typed: dict) -> None:
     out = Path(typed.get("out_dir", ""))
     if "out_dir" in typed and not typed.get("resume") and (out / "config.json").exists():
-        if (out / "result.json").exists():
-            raise UserError(f"{out} holds a finished run: choose another --out-dir")
-        raise UserError(f"{out} holds an unfinished run: add --resume to go on with it, or choose another --out-dir")
+        state = "a finished" if (out / "result.json").exists() else "an unfinished"
+        raise UserError(f"{out} holds {state} run: choose another --out-dir, or go on with it by --resume")
 
 
 def open_baseline(args: argparse.Namespace, out: Path, method: str, **plain) -> argparse.Namespace | None:
@@ -284,9 +274,8 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
         state = torch.load(file, map_location="cpu", weights_only=True)
         owner, _ = state["method"], (state["settings"]["dataset"], state["epoch"], state["tensors"].items())
     except Exception as error:  # any broken or foreign file
-        raise UserError(
-            f"{file} is no checkpoint of these scripts; tools/released.py converts the papers' own"
-        ) from error
+        text = "is no checkpoint of these scripts; tools/released.py converts the papers' own"
+        raise UserError(f"{file} {text}") from error
     if method and owner != method:
         raise UserError(f"{file} was made by {owner}.py: {method}.py cannot read it")
     return state
@@ -324,7 +313,7 @@ def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Results
+# 3. Results
 # ----------------------------------------------------------------------------------------------------------------------
 def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows: list[dict], seconds: dict) -> dict:
     """predictions.npz, then result.json → the result. A row: what encode_tests gave and tuned logits [N, C], baseline
@@ -336,7 +325,7 @@ def write_result(out: Path, method: str, args, task: data.Task, clip: Clip, rows
         extra = {"baseline": row.get("baseline"), "extra": row.get("extra", {})}
         tests.append(entry | {"template": test.template} | m | extra)
         stored = (
-            {key: row[key].float().softmax(dim=-1) for key in m} | {"labels": row["labels"]} | row.get("arrays", {})
+            {key: row[key].float().softmax(dim=-1) for key in m} | row.get("arrays", {}) | {"labels": row["labels"]}
         )
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in stored.items()}
     np.savez_compressed(buffer := io.BytesIO(), **arrays)
@@ -430,9 +419,9 @@ def zero_shot_table(argv: list[str] | None = None) -> dict:
         for row in vision.encode_tests(args, clip, data.load_from_args(args)):
             if row["test"].classes in wanted:
                 m, name = evaluate(row["zero_shot"], row["labels"]), row["test"].domain or row["test"].name
-                result[f"{name} {row['test'].classes}"] = m
+                result[name := f"{name} {row['test'].classes}"] = m
                 cells = [f"{m['accuracy']:.1f}", f"{m['nll']:.3f}", f"{m['ece']:.1f}"]
-                rows.append([f"{name}, {row['test'].classes}", str(len(row["labels"])), *cells])
+                rows.append([name, str(len(row["labels"])), *cells])
     print_aligned(rows)
     return result
 

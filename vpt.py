@@ -202,7 +202,7 @@ def new_learner(settings: argparse.Namespace, clip: Clip, context: torch.Tensor)
 
 def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> torch.Tensor:
     """ε [L, K, W] of K columns; column k is a function of (seed, columns[k]) alone, whatever else is drawn with it."""
-    draws = [torch.randn(L, clip.width, generator=common.generator(seed, "noise", *where)) for where in columns]
+    draws = [torch.randn(L, clip.width, generator=data.generator(seed, "noise", *where)) for where in columns]
     return torch.stack(draws, dim=1).to(clip.device)
 
 
@@ -269,7 +269,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
     first, val = runs.resume(out, "vpt", learner, optimizer), vision.encode_val(args, clip, task)
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
-        order = common.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
+        order = data.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
         if common.rank() > 0 or not order:
             continue  # WHY: a step is too small to share, so the other processes only help to encode images
         lr = optimizer.param_groups[0]["lr"] = common.warmup_cosine(epoch, args.epochs, args.lr)

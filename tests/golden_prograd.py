@@ -107,7 +107,7 @@ class Case:
             def patch(*where_what):
                 stack.enter_context(mock.patch.object(*where_what))
 
-            patch(common, "batches", batches)
+            patch(data, "batches", batches)
             patch(prograd, "distillation_loss", loss)
             patch(prograd, "project_gradient", project)
             patch(prograd.runs, "end_epoch", end_epoch)

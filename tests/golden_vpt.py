@@ -81,7 +81,7 @@ class Case:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(vpt, "training_noise", noise))
-            stack.enter_context(mock.patch.object(common, "batches", batches))
+            stack.enter_context(mock.patch.object(data, "batches", batches))
             stack.enter_context(mock.patch.object(runs, "end_epoch", end_epoch))
             if rates is not None:
                 stack.enter_context(mock.patch.object(common, "warmup_cosine", lambda e, epochs, lr: rates[e].item()))

@@ -712,15 +712,15 @@ def test_warmup_cosine():
 
 def test_batches():
     """The partial batch is dropped iff there is a full one; the order is a function of seed and epoch."""
-    assert [len(batch) for batch in common.batches(10, 4, 1, 0)] == [4, 4]
-    assert [len(batch) for batch in common.batches(8, 4, 1, 0)] == [4, 4]
-    assert [len(batch) for batch in common.batches(3, 4, 1, 0)] == [3]
-    assert common.batches(0, 4, 1, 0) == [] or len(common.batches(0, 4, 1, 0)[0]) == 0
-    orders = [torch.cat(common.batches(8, 4, seed, epoch)).tolist() for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    assert [len(batch) for batch in data.batches(10, 4, 1, 0)] == [4, 4]
+    assert [len(batch) for batch in data.batches(8, 4, 1, 0)] == [4, 4]
+    assert [len(batch) for batch in data.batches(3, 4, 1, 0)] == [3]
+    assert data.batches(0, 4, 1, 0) == [] or len(data.batches(0, 4, 1, 0)[0]) == 0
+    orders = [torch.cat(data.batches(8, 4, seed, epoch)).tolist() for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0))]
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert orders[0] == orders[3] and len({tuple(order) for order in orders}) == 3
     state = torch.get_rng_state()
-    assert [len(common.batches(8, 4, 1, epoch, max_steps=3)) for epoch in range(4)] == [2, 1, 0, 0]
+    assert [len(data.batches(8, 4, 1, epoch, max_steps=3)) for epoch in range(4)] == [2, 1, 0, 0]
     assert torch.equal(state, torch.get_rng_state())
 
 

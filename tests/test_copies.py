@@ -158,10 +158,10 @@ def test_sections_come_in_order(name):
 
 def test_imports():
     """Method files never import one another, and what they share never imports a method."""
-    allowed = set(sys.stdlib_module_names) | {"torch", "common", "data", "runs"}
+    allowed = set(sys.stdlib_module_names) | {"torch", "common", "data", "runs", "vision"}
     for name in METHODS:
         assert imports(name) <= allowed, f"{name}.py imports {imports(name) - allowed}"
-    for name in ("common", "runs", "data"):
+    for name in ("common", "runs", "data", "layouts", "vision"):
         assert not imports(name) & set(EQUATION_TESTS), f"{name}.py imports a method"
 
 

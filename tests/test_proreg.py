@@ -231,7 +231,7 @@ def by_hand(folder: Path, alpha: float, power: float, seed: int = 1) -> dict[str
     first, second = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
     step, steps = 0, epochs * math.ceil(N / size)
     for epoch in range(epochs):
-        order = torch.randperm(N, generator=common.generator(seed, "order", epoch)).tolist()
+        order = torch.randperm(N, generator=data.generator(seed, "order", epoch)).tolist()
         for start in range(0, N, size):
             batch = order[start : start + size]
             images = torch.stack([clip.preprocess(data.read_image(task.train[i][0])) for i in batch])

@@ -290,7 +290,7 @@ def words(args: argparse.Namespace) -> None:
         tokens = [token_text(run.clip, i) for i in ids[nearest].tolist()]
         rows.append([title, *(f"{token} {distance:.3f}" for token, distance in zip(tokens, distances.tolist()))])
     runs.print_aligned(rows)
-    some = table[torch.randperm(len(table), generator=common.generator(0, "words"))[:200]]
+    some = table[torch.randperm(len(table), generator=data.generator(0, "words"))[:200]]
     gap = torch.cdist(some, table).topk(2, largest=False).values[:, 1].median().item()
     common.log(f"{len(ids)} tokens; from a token to the next one it is {gap:.3f} (median)")
 
