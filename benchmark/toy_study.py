@@ -378,7 +378,9 @@ def write_records(path: Path, rows: list[dict]) -> None:
 # 4. The command
 # ----------------------------------------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    import table
+
+    parser = table.OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("step", choices=["choose", "run", "tables"])
     add("--out", type=Path, default=ROOT / "benchmark" / "results" / "toy", help="folder of the figures")
@@ -436,4 +438,9 @@ def main(args=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import table
+
+    try:
+        main()
+    except table.UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -304,7 +304,43 @@ def proreg_tables(f: Figures, found: dict, unbiased: float) -> str:
         lines = [line for line in lines if any(line[3:8])]
         text += f"{title}:\n\n"
         text += table.markdown(["", "α or share", "chosen", *tests, "mean w", "share of w > 0.5"], lines) + "\n\n"
+        text += equal_id_table(f, found["grid"]["proreg"]) if bias is None else ""
     return text
+
+
+def at_equal_id(f: Figures, grid: dict, name: str, rival: str) -> tuple[float | None, float | None, int]:
+    """Mean OOD accuracy of a run minus the rival's at the run's ID accuracy, on lines between the rival's points."""
+    settings = [{key: point[key] for key in ("alpha", "share") if key in point} for point in grid[rival]]
+    names = ["zero-shot", proreg_name("fine-tuning", {}, None)]  # both ends of every rival's curve
+    names += [proreg_name(rival, setting, None) for setting in settings]
+    curve = [[f.get(other, test, shots="all") for test in ("ID", "mean OOD")] for other in names]
+    x, y = (f.get(name, test, shots="all") for test in ("ID", "mean OOD"))
+    theirs = {seed: between([(a[seed], b[seed]) for a, b in curve], x[seed]) for seed in x}
+    return table.paired(y, {seed: value for seed, value in theirs.items() if value is not None})
+
+
+def equal_id_table(f: Figures, grid: dict) -> str:
+    rivals, lines = ("fixed KD", "ensemble", "wise-ft"), []
+    for method in (method for method in grid if method.startswith("ProReg")):
+        for point in grid[method]:
+            name = proreg_name(method, {"alpha": point["alpha"]}, None)
+            cells = [f.cell(name, test, shots="all") for test in ("ID", "mean OOD")]
+            for rival in rivals:
+                mean, se, n = at_equal_id(f, grid, name, rival)
+                cells.append(table.cell(mean, se, 1, "+") + (f" (n = {n})" if n < f.seeds else ""))
+            lines.append([method, point["alpha"], *cells])
+    text = "Mean OOD accuracy of ProReg minus a rival's at the same ID accuracy, on lines between the rival's points, "
+    text += "seed by seed ± se (n: seeds within the rival's range):\n\n"
+    return text + table.markdown(["", "α", "ID", "mean OOD", *(f"- {rival}" for rival in rivals)], lines) + "\n\n"
+
+
+def between(points: list[tuple[float, float]], x: float) -> float | None:
+    """The y at x on the straight lines between neighbouring points; None outside of them."""
+    points = sorted(points)
+    for (x1, y1), (x2, y2) in zip(points, points[1:]):
+        if x1 <= x <= x2:
+            return y1 + (y2 - y1) * (x - x1) / (x2 - x1) if x2 > x1 else (y1 + y2) / 2
+    return None
 
 
 def zero_shot(f: Figures, bias, test: str) -> str:
