@@ -374,7 +374,7 @@ def report(result: dict, out: Path, baseline: str, method: str) -> None:
         rows.append(["H", "", f"of {h['of']}", *(f"{h[key]:.1f}" for key in keys)])
     print_aligned(rows)
     if result["dataset"].startswith("toy_") and result["dataset"] != data.world.BIASED:
-        log("This task was chosen by zero-shot accuracy alone, before any method was run; toyclip/README.md has all tasks.")
+        log("This task was chosen by zero-shot accuracy alone, before any method was run: toyclip/README.md has all.")
     log(f"written to {out}")
 
 
