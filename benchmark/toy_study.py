@@ -114,7 +114,10 @@ def check_defaults(jobs: list[dict], scratch: Path) -> None:
 
     for file in dict.fromkeys(job["file"] for job in jobs):
         mine = [job for job in jobs if job["file"] == file]
-        typed, first = {key for job in mine for key in job["flags"]} | table.FREE | {"alpha"}, {}
+        typed, first = (
+            {key for job in mine for key in job["flags"]} | table.FREE | {"alpha", "eval_samples"},
+            {},
+        )  # two follow others
         for path in {folder(scratch, job) for job in mine}:
             settings = json.loads((path / "result.json").read_text(encoding="utf-8"))["settings"]
             for key, value in settings.items():
