@@ -13,11 +13,9 @@ import dataclasses
 import functools
 import logging
 import math
-import mmap
 import os
 import sys
 import warnings
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import UserError
+from files import refuse_traps
 
 HERE = Path(__file__).resolve().parent
 SECONDS = collections.Counter()  # what loading and image encoding took in this run, for result.json
@@ -129,21 +128,6 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
         return {key.removeprefix("module."): value for key, value in state.items()}, False
     except Exception as error:  # a broken file can fail in any of three libraries
         raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from error
-
-
-def refuse_traps(path: str | Path) -> bool:
-    """Is it a TorchScript archive? ValueError if loading it would run its code, or take more memory than its size."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        trap = content.find(b"bytearray\n") >= 0  # torch's weights_only calls bytearray(N), for any N
-    code = []
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            code = [record for record in archive.infolist() if "/code/" in record.filename]
-            trap |= any(record.compress_type for record in archive.infolist() if record not in code)  # it may inflate
-            trap |= any(b"__setstate__" in archive.open(record).read(1 << 24) for record in code)  # runs when loaded
-    if trap:
-        raise ValueError("loading it would run code or take memory without bound; torch.save does not write such files")
-    return bool(code)
 
 
 def load_strictly(net: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

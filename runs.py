@@ -22,6 +22,8 @@ import data
 import vision
 from common import Clip, evaluate, harmonic_mean, log, write_atomic
 from data import UserError
+from files import check_settings, load_checkpoint, read_config, read_result
+from layouts import read_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Flags and settings: a typed flag wins, then a paper's exception (--paper), then the file's DEFAULTS, then COMMON
@@ -110,6 +112,8 @@ def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, p
     the entry of the largest number of shots not above ours is meant. `paper(settings)` gives --paper's exceptions.
     """
     typed = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if typed.get("resume") and typed.get("eval_only"):
+        raise UserError("--resume goes on with training, --eval-only does not train: leave one of them out")
     if typed.get("resume") and "out_dir" not in typed:
         raise UserError("--resume needs --out-dir: the folder of the run to go on with")
     refuse_overwriting(typed)
@@ -122,6 +126,7 @@ def settle(parser: argparse.ArgumentParser, argv, method: str, defaults: dict, p
         fixed = {"model", "pretrained", *defaults["fixed"]}
     elif typed.get("resume"):
         stored, origin, fixed = read_config(Path(typed["out_dir"]), method), "the resumed run", set(settings) - FREE
+    stored = check_settings(parser, stored, typed.get("checkpoint", typed.get("out_dir")))
     for key in fixed & set(typed) & set(stored):
         if typed[key] != stored[key]:
             flag = "--" + key.replace("_", "-")
@@ -236,20 +241,10 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, json.dumps(content, indent=1).encode())
 
 
-def read_config(out: Path, method: str) -> dict:
-    """Settings of the run in `out`, {} where nothing was written yet; UserError if another method made it."""
-    if not (out / "config.json").exists():
-        return {}
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    if config["method"] != method:
-        raise UserError(f"{out} is a run of {config['method']}.py, not of {method}.py")
-    return config["settings"]
-
-
 def finished(out: str | Path | None) -> dict | None:
     """result.json of a finished run folder, or None."""
     path = Path(out or "", "result.json")
-    return json.loads(path.read_text(encoding="utf-8")) if out and path.exists() else None
+    return read_result(path) if out and path.exists() else None
 
 
 def save_checkpoint(out: Path, method: str, args, tensors: dict, epoch: int, optimizer=None) -> None:
@@ -262,23 +257,6 @@ def save_checkpoint(out: Path, method: str, args, tensors: dict, epoch: int, opt
         state["optimizer"] = optimizer.state_dict()
     torch.save(state, buffer := io.BytesIO())
     write_atomic(out / "checkpoint.pt", buffer.getvalue())
-
-
-def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
-    """The checkpoint of a run folder or file; nothing in it is executed. UserError if missing, foreign or not ours."""
-    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
-    try:
-        common.refuse_traps(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        owner, _ = state["method"], (state["settings"]["dataset"], state["epoch"], state["tensors"].items())
-    except Exception as error:  # any broken or foreign file
-        text = "is no checkpoint of these scripts; tools/released.py converts the papers' own"
-        raise UserError(f"{file} {text}") from error
-    if method and owner != method:
-        raise UserError(f"{file} was made by {owner}.py: {method}.py cannot read it")
-    return state
 
 
 def restore(module: torch.nn.Module, tensors: dict, where) -> None:
@@ -304,7 +282,7 @@ def resume(out: Path, method: str, module: torch.nn.Module, optimizer) -> int:
 def end_epoch(args, out: Path, method: str, epoch: int, module: torch.nn.Module, optimizer, line: dict) -> None:
     """Write the epoch to metrics.jsonl, and a checkpoint if it is the last or --checkpoint-seconds have passed."""
     path = out / "metrics.jsonl"
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    old = read_text(str(path)).splitlines() if path.exists() else []
     lines = [*old[:epoch], json.dumps({"epoch": epoch, **line})]  # an interrupted run's later lines go
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     last = out / "checkpoint.pt" if (out / "checkpoint.pt").exists() else out / "config.json"
