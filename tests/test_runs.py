@@ -142,7 +142,9 @@ def test_ctrl_c_leaves_a_resumable_folder_and_status_130():
         "--out-dir",
         "c",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # Where the tests themselves run in the background, SIGINT is ignored and a child inherits that: undo it.
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **listen)
     deadline = time.time() + 60
     while not Path("c/baseline/checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)

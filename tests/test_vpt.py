@@ -462,7 +462,7 @@ def test_every_setting_changes_the_result(quick):
     """A flag that nobody reads would leave the figures as they are."""
     plain = vpt.main([*quick, "--no-compare"])
     first = plain["tests"][0]["tuned"]["nll"]
-    for flags in ["--samples 4", "--eval-samples 4", "--residual-scale 0.2", "--kl-weight 3", "--bound elbo",
+    for flags in ["--samples 4", "--eval-samples 4", "--residual-scale 0.5", "--kl-weight 3", "--bound elbo",
                   "--seed 2", "--ctx-init photo", "--logvar-init -3 -2", "--momentum 0", "--weight-decay 0.5",
                   "--lr 0.1", "--posterior image", "--batch-size 4", "--max-steps 2"]:  # fmt: skip
         assert vpt.main([*quick, "--no-compare", *flags.split()])["tests"][0]["tuned"]["nll"] != first, flags
@@ -519,7 +519,7 @@ def test_settings_of_the_paper():
 def test_line_one_says_variational_and_help_works():
     assert "VARIATIONAL prompt tuning, not visual" in vpt.__doc__.splitlines()[0]
     done = subprocess.run([sys.executable, str(ROOT / "vpt.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--residual-scale" in done.stdout and "[toy: 0.08, else: 1.0]" in done.stdout
+    assert done.returncode == 0 and "--residual-scale" in done.stdout and "[toy: 0.2, else: 1.0]" in done.stdout
 
 
 @pytest.mark.parametrize("kind", KINDS)
