@@ -270,8 +270,9 @@ def train(args, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
                 numbers = loss.expand(len(labels)), loss_ce.expand(len(labels)), logits.argmax(dim=-1) == labels, w
                 seen[index] = torch.stack([number.detach().to(seen) for number in numbers], dim=1)
             if common.world_size() > 1:
-                for parameter in parameters:
-                    dist.all_reduce(parameter.grad)  # the sum over processes
+                flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # one message, not hundreds
+                dist.all_reduce(flat)  # the sum over processes
+                nn.utils.vector_to_parameters(flat, [parameter.grad for parameter in parameters])
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))  # clips nothing, gives the norm
             if not scaler.is_enabled() or scaler.get_scale() < 1:  # WHY: a scaler skips a step that overflowed
@@ -292,8 +293,7 @@ def train(args, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
 def draw_epoch(args, clip: Clip, task: data.Task, epoch: int):
     """The epoch's batches of image numbers (the last may be smaller), and an iterator over what this process takes of
     each: every K-th image, loaded, in at most --accumulate parts."""
-    draw = data.generator(args.seed, "order", epoch)
-    order = torch.randperm(len(task.train), generator=draw).split(args.batch_size)
+    order = torch.randperm(len(task.train), generator=data.generator(args.seed, "order", epoch)).split(args.batch_size)
     order = order[: max(0, args.max_steps - epoch * len(order))] if args.max_steps else order
     mine = [batch[common.rank() :: common.world_size()] for batch in order]
     parts = [[part.tolist() for part in share.chunk(args.accumulate) if len(part)] for share in mine]
