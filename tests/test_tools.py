@@ -124,8 +124,10 @@ def test_predictions_are_those_of_the_run(name, capsys, monkeypatch):
 
 
 def test_files_folders_and_text(capsys):
+    run_of("global")
+    capsys.readouterr()
     files = ["shapes/test/" + "/".join(path.parts[-2:]) for path in sorted(Path("shapes/test").rglob("*.png"))[:1]]
-    call(use.main, "predict", run_of("global"), *files, "shapes/val", "--top", "2")
+    call(use.main, "predict", "global", *files, "shapes/val", "--top", "2")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == files[0] and lines[1].split() == ["zero-shot", "tuned"]
     assert len(lines) == 5 * 7  # of each image: name, heading, two classes, uncertainty
@@ -150,19 +152,21 @@ def test_other_names_from_a_list_or_a_file(capsys):
     assert "unicorn" in refusal(capsys, use.main, "predict", "prograd", image, "--classes", "unicorn")
 
 
-def test_prediction_does_without_the_dataset_and_old_checkpoints_with_it(capsys):
+def test_prediction_does_without_the_dataset_and_without_names_with_it(capsys):
     image = "shapes/test/" + sorted(os.listdir("shapes/test"))[0] + "/0.jpg"
     rows = predictions(capsys, run_of("prograd"), image)
     state = torch.load("prograd/checkpoint.pt", weights_only=True)
-    assert state.pop("trained_on")["classnames"] == sorted(os.listdir("shapes/test"))
-    torch.save(state, "old.pt")
-    assert predictions(capsys, "old.pt", image) == rows
+    assert state["trained_on"]["classnames"] == sorted(os.listdir("shapes/test"))
+    torch.save(state | {"trained_on": None}, "nameless.pt")  # as tools/released.py leaves it
+    assert predictions(capsys, "nameless.pt", image) == rows
     shutil.copy(image, "photo.jpg")
     os.rename("shapes", "gone")
     try:
         assert [row["tuned"] for row in predictions(capsys, "prograd", "photo.jpg")] == [rows[0]["tuned"]]
-        assert "--classes" in refusal(capsys, use.main, "predict", "old.pt", "photo.jpg")
-        assert predictions(capsys, "old.pt", "photo.jpg", "--classes", "hollow circle")[0]["tuned"][0]["label"] == 0
+        assert "--classes" in refusal(capsys, use.main, "predict", "nameless.pt", "photo.jpg")
+        assert (
+            predictions(capsys, "nameless.pt", "photo.jpg", "--classes", "hollow circle")[0]["tuned"][0]["label"] == 0
+        )
     finally:
         os.rename("gone", "shapes")
 
@@ -174,8 +178,9 @@ def test_a_bad_image_is_named_and_the_others_are_predicted(capsys):
     Image.new("RGBA", (40, 20), (255, 0, 0, 9)).save(folder / "red.png")
     Image.new("L", (1, 1)).save(folder / "tiny.webp")
     (folder / "notes.txt").write_text("no image")
+    run_of("prograd"), capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        call(use.main, "predict", run_of("prograd"), folder, "--json")
+        call(use.main, "predict", "prograd", folder, "--json")
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and [Path(json.loads(line)["image"]).name for line in out.splitlines()] == [
         "red.png", "tiny.webp"]  # fmt: skip
@@ -188,9 +193,11 @@ def test_a_bad_image_is_named_and_the_others_are_predicted(capsys):
 def test_results_come_while_images_are_still_read(monkeypatch, capsys):
     """Nothing of an earlier batch is kept: at most one batch of images is alive."""
     read, alive = data.read_image, []
+    run_of("prograd")
     monkeypatch.setattr(use, "BATCH", 2)
+    capsys.readouterr()
     monkeypatch.setattr(data, "read_image", lambda path: alive.append(capsys.readouterr().out.count("{")) or read(path))
-    call(use.main, "predict", run_of("prograd"), "shapes/test", "--json", "--top", "1")
+    call(use.main, "predict", "prograd", "shapes/test", "--json", "--top", "1")
     assert alive[:6] == [0, 0, 6, 0, 6, 0]  # a line has three braces; two lines were out before image three was read
 
 
@@ -266,9 +273,10 @@ def test_words_are_the_nearest_rows_of_the_models_own_table(capsys):
         others = (table[i] - table[clip.known]).norm(dim=1).sort().values
         assert float(line.split()[-1]) == pytest.approx(others[1].item(), abs=6e-4)  # rows of zeros are left out
     assert lines[4].startswith(f"{int(clip.known.sum())} tokens")
-    call(use.main, "words", run_of("csc"))
+    run_of("csc"), run_of("image"), capsys.readouterr()
+    call(use.main, "words", "csc")
     assert len(capsys.readouterr().out.splitlines()) == 6 * 4 + 1
-    call(use.main, "words", run_of("image"))
+    call(use.main, "words", "image")
     assert capsys.readouterr().out.startswith("note: ")
     assert "no prompt" in refusal(capsys, use.main, "words", run_of("proreg"))
 
@@ -282,10 +290,12 @@ def test_a_checkpoint_refuses_another_model_method_or_shape(capsys):
 
     assert "--model ViT-B-16" in evaluate("prograd", run_of("prograd"), "--model", "ViT-B-16")
     assert "--n-ctx 5" in evaluate("prograd", "prograd", "--n-ctx", "5")
-    assert "made by prograd.py" in evaluate("vpt", "prograd")
-    assert "made by vpt.py" in evaluate("proreg", run_of("global"))
+    assert "made by 'prograd'" in evaluate("vpt", "prograd")
+    assert "made by 'vpt'" in evaluate("proreg", run_of("global"))
     assert "--posterior image" in evaluate("vpt", "global", "--posterior", "image")
     assert "--head mlp" in evaluate("proreg", run_of("proreg"), "--head", "mlp")
+    torch.save(torch.load("prograd/checkpoint.pt", weights_only=True) | {"method": "mystery"}, "mystery.pt")
+    assert "mystery" in refusal(capsys, use.main, "words", "mystery.pt")
     assert "nowhere" in evaluate("prograd", "nowhere") and not Path("runs").exists()
     for name in ("prograd", "global", "image"):
         state = torch.load(Path(run_of(name), "checkpoint.pt"), weights_only=True)
@@ -294,6 +304,15 @@ def test_a_checkpoint_refuses_another_model_method_or_shape(capsys):
         assert "32" in evaluate(RUNS[name][0], "narrow.pt", "--out-dir", "narrow")
         shutil.rmtree("narrow", ignore_errors=True)
     assert "--csc" in evaluate("prograd", run_of("csc"), "--dataset", "toy_shapes_biased", "--out-dir", "other")
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_eval_every_without_validation_images_is_refused_before_training(method, capsys):
+    if not Path("no_val").exists():
+        shutil.copytree("shapes", "no_val", ignore=shutil.ignore_patterns("val"))
+    flags = [*QUICK, "--dataset", "folder:no_val", "--eval-every", "1", "--out-dir", f"no_val_{method}"]
+    assert "validation part" in refusal(capsys, SCRIPTS[method].main, *flags)
+    assert not Path(f"no_val_{method}", "metrics.jsonl").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

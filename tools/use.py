@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # ruff: noqa: E402
 import common
 import data
+import files
 import layouts
 import prograd
 import proreg
@@ -67,14 +68,17 @@ class Run:
 def open_run(path: str, classes: str | None = None, device: str = "auto") -> Run:
     """The run of a folder or checkpoint; `classes`: names, separated by commas, or a file with one a line."""
     state = runs.load_checkpoint(path)
-    method, settings = state["method"], argparse.Namespace(**state["settings"])
+    method, script = state["method"], SCRIPTS.get(state["method"])
+    if script is None:
+        raise UserError(f"{path} was made by {method[:20]!r}, which is none of {', '.join(SCRIPTS)}")
+    settings = argparse.Namespace(**files.check_settings(script.build_parser(), state["settings"], path))
     chosen = read_names(classes) if classes else None
     classnames, template = trained_on(state, settings, chosen)
     if chosen and method == "prograd" and settings.csc and chosen != classnames:
         raise UserError("--classes: this run learned a context for each of its own classes (--csc), none for others")
     clip = common.load_clip(settings.model, settings.pretrained, common.start_processes(device))
     clip.memory_gb = settings.memory_gb
-    return Run(method, settings, clip, SCRIPTS[method].read_learner(path, clip).eval(), chosen or classnames, template)
+    return Run(method, settings, clip, script.read_learner(path, clip).eval(), chosen or classnames, template)
 
 
 def read_names(classes: str) -> list[str]:
@@ -201,9 +205,9 @@ def predict(args: argparse.Namespace) -> None:
             if good:
                 found = look(torch.stack([image for _, image in good]).to(run.clip.device))
                 found = {key: value.cpu() for key, value in found.items()}
-                for i, (path, _) in enumerate(good):
-                    row = describe(path, {key: value[i] for key, value in found.items()}, run.classnames, args.top)
-                    tqdm.write(json.dumps(row) if args.json else as_text(row))
+                rows = [{key: value[i] for key, value in found.items()} for i in range(len(good))]
+                rows = [describe(path, row, run.classnames, args.top) for (path, _), row in zip(good, rows)]
+                tqdm.write("\n".join(json.dumps(row) if args.json else as_text(row) for row in rows))
             bar.update(len(batch))
     if bad:
         raise UserError(f"{bad} of {len(paths)} images cannot be read, and were left out: they are named above")
