@@ -37,6 +37,8 @@ def test_links_within_the_repository_lead_somewhere(target):
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("name", [*sorted(METHODS), "common.py", "data.py", "layouts.py", "runs.py", "vision.py"])
+@pytest.mark.parametrize(
+    "name", [*sorted(METHODS), "common.py", "data.py", "layouts.py", "files.py", "runs.py", "vision.py"]
+)
 def test_files_stay_readable_in_one_sitting(name):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 450
