@@ -201,7 +201,9 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
         order = data.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
-        if common.rank() > 0 or not order:
+        if not order:  # --max-steps
+            break
+        if common.rank() > 0:
             continue  # WHY: a step is too small to share, so the other processes only help to encode images
         lr = optimizer.param_groups[0]["lr"] = common.warmup_cosine(epoch, args.epochs, args.lr)
         seen = []

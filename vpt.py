@@ -244,13 +244,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = runs.new_parser(__doc__)
     add = parser.add_argument_group("VPT").add_argument
     add("--posterior", choices=["global", "image"], help="q(r) of Eq. 2: one for all images, or one for each")
-    add("--samples", type=runs.count, help="L in training; 0 = deterministic: CoOp (global), CoCoOp-like (image)")
-    add("--eval-samples", type=runs.count, help="L in evaluation; 0 = the mean residual alone [--samples]")
+    add("--samples", type=runs.few, help="L in training; 0 = deterministic: CoOp (global), CoCoOp-like (image)")
+    add("--eval-samples", type=runs.few, help="L in evaluation; 0 = the mean residual alone [--samples]")
     add("--residual-scale", type=runs.non_negative, help="u of Eq. 1")
     add("--kl-weight", type=runs.non_negative, help="β of Eq. 7, on the mean over dimensions")
     add("--bound", choices=["log-mean", "elbo"], help="Eq. 6: log of the mean likelihood, or mean of the logs")
     add("--ctx-init", metavar="WORDS", help="the context starts as these words; M is the number of their tokens")
-    add("--logvar-init", type=float, nargs=2, metavar=("LO", "HI"), help="global: log σ² starts uniform in it")
+    add("--logvar-init", type=runs.exponent, nargs=2, metavar=("LO", "HI"), help="global: log σ² starts uniform in it")
     add("--momentum", type=runs.fraction, help="of SGD")
     add("--weight-decay", type=runs.non_negative, help="of SGD, on all that is learned, log-variances too")
     return runs.with_defaults(parser, DEFAULTS)
@@ -270,7 +270,9 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
     for epoch in common.progress(range(first, args.epochs), out.name):
         x, labels = views(epoch)  # [N, D], [N]
         order = data.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
-        if common.rank() > 0 or not order:
+        if not order:  # --max-steps
+            break
+        if common.rank() > 0:
             continue  # WHY: a step is too small to share, so the other processes only help to encode images
         lr = optimizer.param_groups[0]["lr"] = common.warmup_cosine(epoch, args.epochs, args.lr)
         seen = []
