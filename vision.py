@@ -67,7 +67,8 @@ def encode_images(clip: Clip, items: list, transform, args, *, view: int = 0, ke
     path = None
     if keep and args.cache_dir != "none":
         path = Path(args.cache_dir, f"{feature_key(clip, items, transform, args.seed, view)}.safetensors")
-    found = broadcast(read_features(path) if path and rank() == 0 else None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    found = broadcast(read_features(path, (len(items), clip.dim)) if path and rank() == 0 else None)
     if found:
         log(f"{what}: {len(items)} features from the cache, {found[1]:.1f} s saved")
         return found[0].to(clip.device), labels
@@ -84,7 +85,6 @@ def encode_images(clip: Clip, items: list, transform, args, *, view: int = 0, ke
             f"the image feature of {address} is not finite: try --precision fp32, check the weights"
         )
     if path and rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         note = {"seconds": f"{time.time() - start:.2f}", "sha1": sha1(features)}
         write_atomic(path, safetensors.torch.save({"features": features.cpu().contiguous()}, note))
     return features, labels
@@ -94,7 +94,10 @@ def feature_key(clip: Clip, items: list, transform, seed: int, view: int) -> str
     """Hash of all that decides features: weights, activation, precision, device, versions, transform, draw, files."""
 
     def stamp(address: str):
-        status = os.stat(data.world.__file__ if address.startswith("toy:") else address)
+        try:
+            status = os.stat(data.world.__file__ if address.startswith("toy:") else address)
+        except OSError:  # gone: whoever reads it will say so, along with all others that are broken
+            return address, None, None
         return address, status.st_size, status.st_mtime_ns
 
     weights = [sha1(value) for value in clip.model.visual.state_dict().values()]
@@ -103,14 +106,15 @@ def feature_key(clip: Clip, items: list, transform, seed: int, view: int) -> str
     return hashlib.sha1(json.dumps([parts, [stamp(address) for address, _ in items]]).encode()).hexdigest()
 
 
-def read_features(path: Path) -> tuple[torch.Tensor, float] | None:
+def read_features(path: Path, shape: tuple[int, int]) -> tuple[torch.Tensor, float] | None:
     """Cached features and the seconds they took, or None; a truncated or damaged file is named and made again."""
     if not path.exists():
         return None
     try:
         with safetensors.safe_open(path, "pt") as file:
             features, note = file.get_tensor("features"), file.metadata()
-        if sha1(features) == note["sha1"]:
+        fits = features.shape == shape and features.dtype == torch.float32 and features.isfinite().all()
+        if fits and sha1(features) == note["sha1"]:
             return features, float(note["seconds"])
     except Exception as error:  # any damage at all: the cache is only a copy
         log(f"note: {error}")
@@ -152,8 +156,8 @@ def encode_tests(args: argparse.Namespace, clip: Clip, task: data.Task) -> list[
     rows, every = [], task.train + [item for test in task.tests for item in test.items]
     for test in task.tests:
         what = f"{args.test_part} images of {test.name}, {test.domain or test.classes}"
+        classifier = common.zero_shot_classifier(clip, test.classnames, test.template)  # a bad name is found at once
         x, labels = encode(args, clip, test.items, clip.preprocess, every, what=what)
-        classifier = common.zero_shot_classifier(clip, test.classnames, test.template)
         rows.append({"test": test, "x": x, "labels": labels, "zero_shot": clip.scale * x @ classifier.T})
     return rows
 
