@@ -335,6 +335,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a failed write does not say to which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -344,8 +346,10 @@ def start_processes(device: str) -> str:
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("no CUDA device here")
+        if kind not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("this kind of device is not supported")
+        if kind != "cpu" and (torch.device(device).index or 0) >= getattr(torch, kind).device_count():
+            raise RuntimeError(f"no such {kind.upper()} device here")
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda, cuda:1 or auto") from error
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -406,8 +410,10 @@ def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     right = (predicted == labels).float()
     bins = (confidence * 15).long().clamp(max=14)  # bin b holds confidences in [b/15, (b+1)/15)
     gaps = torch.zeros(15, device=logits.device).index_add_(0, bins, right - confidence)  # a bin's sum of both
-    ece = 100 * gaps.abs().sum().item() / len(labels)
-    return {"accuracy": 100 * right.mean().item(), "nll": F.nll_loss(log_prob, labels).item(), "ece": ece}
+    ece, nll = 100 * gaps.abs().sum().item() / len(labels), F.nll_loss(log_prob, labels).item()
+    if not math.isfinite(nll):
+        raise FloatingPointError("the predictions are not finite: try a smaller --lr, and check the model's weights")
+    return {"accuracy": 100 * right.mean().item(), "nll": nll, "ece": ece}
 
 
 def harmonic_mean(a: float, b: float) -> float:
