@@ -5,10 +5,12 @@ written under a temporary name and renamed, so a killed run leaves the old file 
 """
 
 import argparse
+import errno
 import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -56,6 +58,8 @@ positive_float, non_negative = (
     number(float, 0, 1e12, "non-negative number"),
 )
 fraction = number(float, 0, 1, "number from 0 to 1")
+below_one = number(float, 0, 1 - 1e-7, "number from 0 to below 1")
+few, exponent = number(int, 0, 1_000, "whole number up to 1,000"), number(float, -100, 100, "number from -100 to 100")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -84,7 +88,7 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:1, mps (untested)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="of the frozen towers; what is learned is fp32")
     add("--memory-gb", type=positive_float, help="bound on the text pass [4 on the CPU, half of a GPU's total]")
-    add("--workers", type=count, help="processes that decode images [0 for toy data, else up to 8]")
+    add("--workers", type=few, help="processes that decode images [0 for toy data, else up to 8]")
     add("--cache-dir", help="folder of cached image features, or none")
     add("--out-dir", help="run folder [runs/METHOD-DATASET-SHOTSshot-seedN]")
     add("--resume", action="store_true", default=None, help="go on with the unfinished run in --out-dir")
@@ -96,12 +100,21 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def in_words(value) -> str:
+    """A default as --help shows it; of {shots: value} all values."""
+    if isinstance(value, dict):
+        return ", ".join(f"{v} from {k} shots on" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None or value is False else str(value)
+
+
 def with_defaults(parser: argparse.ArgumentParser, defaults: dict) -> argparse.ArgumentParser:
     """Add to each flag's help the value it takes when it is left out."""
     for action in parser._actions:
-        toy, paper = ((COMMON | defaults[kind]).get(action.dest) for kind in ("toy", "paper"))
-        if toy not in (None, []) or paper not in (None, []):
-            action.help += f" [{toy}]" if toy == paper else f" [toy: {toy}, else: {paper}]"
+        toy, paper = (in_words((COMMON | defaults[kind]).get(action.dest)) for kind in ("toy", "paper"))
+        shown = toy if toy == paper or action.dest == "dataset" else f"toy: {toy or 'no'}, else: {paper or 'no'}"
+        action.help = re.sub(r" \(default: .*\)$", "", action.help) + f" [{shown}]" if shown else action.help
     return parser
 
 
@@ -209,6 +222,9 @@ def make_folder(args: argparse.Namespace, method: str) -> str:
                 k += 1
     out = Path(args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "predictions.npz", "result.json"):
+        for left in out.glob(f".{name}.[0-9]*"):  # by a run that was killed while it wrote
+            left.unlink()
     if not (out / "config.json").exists():
         write_json(out / "config.json", {"method": method, "settings": settings_of(args)})
     return args.out_dir
@@ -406,22 +422,30 @@ def zero_shot_table(argv: list[str] | None = None) -> dict:
 
 def run(main) -> None:
     """Run a script's main. No traceback is shown: one line on stderr and the status 2 (yours to mend), 1 or 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal cannot show
     try:
         main()
         return
     except KeyboardInterrupt:
         status, text = 130, "interrupted; the same command with --resume --out-dir and the run's folder goes on"
     except UserError as error:  # from a process that decodes images it comes with a traceback above its last line
-        status, text = 2, str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        status, text = 2, str(error).split("UserError: ")[-1].strip()
     except FloatingPointError as error:
         status, text = 1, str(error)
-    except torch.OutOfMemoryError:
-        status, text = 1, "out of GPU memory: try a smaller --memory-gb or --batch-size"
-    except RuntimeError as error:
-        if "gloo" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        status, text = 1, "out of memory: try a smaller --memory-gb or --batch-size"
+        if "gloo" in str(error):
+            text = "stopped because another process did: see its own message"
+        elif type(error) is RuntimeError and "allocate memory" not in str(error):
             raise
-        status, text = 1, "stopped because another process did: see its own message"
     except OSError as error:
-        status, text = 1, f"{error.strerror or error}: {error.filename or 'while writing'}"
-    print(f"error: {text}", file=sys.stderr)
+        status, text = 2, f"{error.strerror or error}: {error.filename or 'stdout'}"
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            status, text = 1, f"{text}; the last checkpoint is kept: make room, then add --resume --out-dir RUN"
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads it, or it goes to the full disk: drop the rest
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("error:", re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text), file=sys.stderr)
     raise SystemExit(status)
