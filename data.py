@@ -235,6 +235,8 @@ def read_dataset(name, data_root, download=False, train_domain=None, test_domain
     if toy_bias is not None and (name != world.BIASED or not 0 <= toy_bias <= 1):
         raise UserError(f"--toy-bias is a share from 0 to 1, read by {world.BIASED} only; leave it out")
     if name in world.TASKS:
+        if train_domain or test_domain or domains:
+            raise UserError(f"{name} has no domains to choose: leave out --train-domain, --test-domain and --domains")
         return read_toy(name, toy_bias)
     found = read_layout(name, data_root, download, train_domain, test_domain, domains)
     items = {part: numbered(tree, list(found["names"])) for part, tree in found["trees"].items()}
@@ -243,8 +245,7 @@ def read_dataset(name, data_root, download=False, train_domain=None, test_domain
         items |= split_items(items["train"], found["shares"], name)
         shares = ", ".join(f"{share:.0%} {part}" for part, share in found["shares"].items())
         notes.append(f"{name}: the split is ours: {shares} of every class in {found['origin']}, with a fixed seed")
-    if "names_from" in found:
-        notes.append(f"{name}: class names are from {found['names_from']}")
+    notes += [f"{name}: class names are from {found['names_from']}"] if "names_from" in found else []
     parts = {part: items.get(part, []) for part in PARTS}
     ood = {part.removeprefix("ood/"): items[part] for part in items if part not in PARTS}
     classnames = list(found["names"].values())
@@ -255,6 +256,8 @@ def read_dataset(name, data_root, download=False, train_domain=None, test_domain
 def check_classes(name: str, classnames: list[str], parts: dict, found: dict, notes: list[str]) -> None:
     """Adds notes on equal names, missing classes and shared images. A class without training images is an error, except
     among domains, where it happens (DomainNet's painting_train.txt has no t-shirt)."""
+    if blank := [label for label, n in enumerate(classnames) if not n.strip(" _")]:
+        raise UserError(f"{name}: class {blank[0]} has an empty name in {found['origin']}: give it one")
     equal = [f"{count} are called {n!r}" for n, count in collections.Counter(classnames).items() if count > 1]
     notes += [f"{name}: of its classes {', '.join(equal[:5])}; they stay apart, by label"] if equal else []
     trained_on = [] if found.get("test_only") or found["domain"] == "" else ["train"]

@@ -18,7 +18,7 @@ TABLE = tomllib.loads(Path(__file__).with_name("datasets.toml").read_text(encodi
 WNIDS = TABLE.pop("wnids")["sorted"].split()
 SPLITS_AT = "linked in CoOp's DATASETS.md; most are in splits/ of github.com/linzhiqiu/cross_modal_adaptation"
 PARTS = ("train", "val", "test")
-MAX_TEXT_BYTES = 64 << 20  # of a list; the largest real one has under 20 MB
+MAX_TEXT_BYTES = 64 << 20  # of a list or a run's JSON; the largest real one has under 20 MB
 # Formats that Pillow opens, without those that start another program or that nothing here can decode.
 FORMATS = sorted(
     {*Image.registered_extensions().values()} & {*Image.OPEN} - {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
@@ -88,7 +88,7 @@ def find_file(folders: list[str], name: str) -> str | None:
 
 def read_text(path: str) -> str:
     if os.path.getsize(path) > MAX_TEXT_BYTES:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes: no list of images has over {MAX_TEXT_BYTES:,}")
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes; more than {MAX_TEXT_BYTES:,} are refused")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
