@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train", choices=["all", "head"], help="all: encoder and head; head: a linear probe from the prompt")
     add("--train-bn", action="store_true", default=None, help="batch norm learns new running statistics")
     add("--head-lr-factor", type=runs.positive_float, help="the head's learning rate, in units of --lr")
-    add("--betas", type=runs.fraction, nargs=2, metavar="B", help="of AdamW")
+    add("--betas", type=runs.below_one, nargs=2, metavar="B", help="of AdamW")
     add("--weight-decay", type=runs.non_negative, help="of AdamW; none on biases")
     add("--warmup", type=runs.fraction, help="part of the steps in which the rate rises")
     add("--accumulate", type=runs.positive_int, help="parts to cut a batch into, to save memory; the same result")
@@ -393,7 +393,7 @@ def fit(args, clip: Clip, task: data.Task, tests: list[dict], out: Path, baselin
 def read_learner(path: str, clip: Clip) -> PromptedClassifier:
     """The tuned encoder and classifier of a run folder or checkpoint."""
     state = runs.load_checkpoint(path, "proreg")
-    names, head = state["trained_on"]["classnames"], state["settings"]["head"]
+    names, head = state["trained_on"]["classnames"], state["settings"].get("head", "text")
     learner = PromptedClassifier(clip, names, torch.zeros(len(names), clip.dim, device=clip.device), head)
     runs.restore(learner, state["tensors"], path)
     return learner

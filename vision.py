@@ -49,7 +49,10 @@ class ImageSet(torch.utils.data.Dataset):
         address, label = self.items[i]
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator: lend it this image's
             torch.manual_seed(draw_seed(self.seed, "view", self.view, i))
-            return self.transform(data.read_image(address)), label, i
+            try:
+                return self.transform(data.read_image(address)), label, i
+            except UserError as error:
+                raise UserError(f"{error}; python data.py --check-images with your --dataset lists all") from error
 
 
 def image_loader(images: torch.utils.data.Dataset, workers: int, **batching) -> torch.utils.data.DataLoader:
