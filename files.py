@@ -44,6 +44,7 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
         tensors = state["tensors"].values()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # a stride of 0 makes a tensor of any
         ours = kinds == [str, dict, int, dict, *[str] * (len(kinds) - 4)] and state["epoch"] >= 0
+        ours = ours and (state["trained_on"] or state["method"] != "proreg")
         ours = ours and all(type(t) is torch.Tensor and t.device.type == "cpu" for t in tensors)
         if not ours or size > file.stat().st_size:
             raise ValueError("not what save_checkpoint writes")
@@ -53,6 +54,28 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
     if method and state["method"] != method:
         raise UserError(f"{file} was made by {state['method'][:20]!r}: {method}.py cannot read it")
     return state
+
+
+def restore(module: torch.nn.Module, tensors: dict, where) -> None:
+    """Load learned tensors into `module`: all of them, each of the right shape, or UserError."""
+    have, want = ({k: list(v.shape) for k, v in state.items()} for state in (tensors, module.state_dict()))
+    if have != want:
+        raise UserError(f"{where} holds tensors {str(have)[:300]}; this model and these flags need {want}")
+    module.load_state_dict(tensors)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, where) -> None:
+    """Load an optimiser's state if it is one of this optimiser: same settings, and tensors that fit the parameters."""
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        fits = all(group[k] == v for old, group in zip(settings, optimizer.param_groups) for k, v in old.items())
+        for parameter, held in optimizer.state.items():
+            fits &= all(v is None or v.shape in (parameter.shape, torch.Size()) for v in held.values())
+    except Exception:  # whatever is in there
+        fits = False
+    if not fits:
+        raise UserError(f"{where} holds the state of another optimiser: start again with another --out-dir")
 
 
 def read_json(path: Path) -> dict:

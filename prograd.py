@@ -116,6 +116,8 @@ class PromptLearner(torch.nn.Module):
         # Else the context differs by class or stands behind the name: it becomes part of the suffix, at position `at`:
         # --csc: [context name "." EOT padding], at = 0;   "front": [name context "." EOT padding], at = the full stop's
         C, S, M = *suffix.shape[:2], context.shape[-2]
+        if context.dim() == 3 and len(context) != C:
+            raise UserError(f"this prompt has contexts for its own {len(context)} classes (--csc), not for these {C}")
         at = torch.zeros_like(eot)
         if self.position == "front":  # [SOS, name, context, ".", EOT]; a "." that BPE fused with the name stays there
             stop = common.embed(self.clip, [self.clip.tokenizer.encode(".")])[0][0]  # [1, W]
@@ -270,9 +272,9 @@ def fit(args, clip: Clip, task: data.Task, views, tests: list[dict], out: Path, 
 def read_learner(path: str, clip: Clip) -> PromptLearner:
     """The trained prompt of a run folder or checkpoint, ready for any class names (with --csc: for its own)."""
     state = runs.load_checkpoint(path, "prograd")
-    settings, classes = state["settings"], state["tensors"]["context"].shape[:-2]  # [], with --csc [C]
-    empty = torch.zeros(*classes, settings["n_ctx"], clip.width, device=clip.device)
-    learner = PromptLearner(clip, empty, settings["class_position"])
+    shape = state["tensors"].get("context", torch.zeros(1, 1)).shape[-3:-1]  # [M], with --csc [C, M]
+    empty = torch.zeros(*(shape or [0]), clip.width, device=clip.device)
+    learner = PromptLearner(clip, empty, state["settings"].get("class_position", "end"))
     runs.restore(learner, state["tensors"], path)
     return learner
 
@@ -290,6 +292,10 @@ def main(argv: list[str] | None = None) -> dict:
         runs.report(result, args.out_dir, "CoOp", name)
         return result
     task, clip = runs.prepare(args)
+    if args.csc and args.eval_only:
+        noted = runs.load_checkpoint(args.checkpoint, "prograd")["trained_on"]
+        if noted and noted["classnames"] != task.classnames:
+            raise UserError(f"{args.checkpoint} has contexts for its own classes (--csc), not for these of {task.name}")
     out = runs.open_run(args, "prograd")
     views, tests = vision.training_views(args, clip, task.train), vision.encode_tests(args, clip, task)
     # The baseline is CoOp, λ = 0, from the same start on the same batches; of a run that is itself CoOp there is none.

@@ -24,7 +24,7 @@ import data
 import vision
 from common import Clip, evaluate, harmonic_mean, log, write_atomic
 from data import UserError
-from files import check_settings, load_checkpoint, read_config, read_result
+from files import check_settings, load_checkpoint, read_config, read_result, restore, restore_optimizer
 from layouts import read_text
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,14 +275,6 @@ def save_checkpoint(out: Path, method: str, args, tensors: dict, epoch: int, opt
     write_atomic(out / "checkpoint.pt", buffer.getvalue())
 
 
-def restore(module: torch.nn.Module, tensors: dict, where) -> None:
-    """Load learned tensors into `module`: all of them, each of the right shape, or UserError."""
-    have, want = ({k: list(v.shape) for k, v in state.items()} for state in (tensors, module.state_dict()))
-    if have != want:
-        raise UserError(f"{where} holds tensors {have}; this model and these flags need {want}")
-    module.load_state_dict(tensors)
-
-
 def resume(out: Path, method: str, module: torch.nn.Module, optimizer) -> int:
     """Put the folder's checkpoint, if there is one, into module and optimiser → the epoch to go on with."""
     if not (out / "checkpoint.pt").exists():
@@ -290,7 +282,7 @@ def resume(out: Path, method: str, module: torch.nn.Module, optimizer) -> int:
     state = load_checkpoint(out, method)
     restore(module, state["tensors"], out)
     if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(optimizer, state["optimizer"], out)
     log(f"{out}: going on after epoch {state['epoch']}")
     return state["epoch"]
 
