@@ -408,7 +408,7 @@ def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     log_prob = logits.float().log_softmax(dim=-1)
     confidence, predicted = log_prob.exp().max(dim=-1)
     right = (predicted == labels).float()
-    bins = (confidence * 15).long().clamp(max=14)  # bin b holds confidences in [b/15, (b+1)/15)
+    bins = (confidence * 15).long().clamp(0, 14)  # bin b holds confidences in [b/15, (b+1)/15)
     gaps = torch.zeros(15, device=logits.device).index_add_(0, bins, right - confidence)  # a bin's sum of both
     ece, nll = 100 * gaps.abs().sum().item() / len(labels), F.nll_loss(log_prob, labels).item()
     if not math.isfinite(nll):
