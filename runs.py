@@ -351,12 +351,18 @@ def report(result: dict, out: Path, baseline: str, method: str) -> None:
     keys = [key for key in names if result["tests"][0][key]]
     rows = [["", "images", "", *(names[key] for key in keys)]]
     for test in result["tests"]:
-        same = test["dataset"] == result["dataset"]
-        head = [test["domain"] or test["classes"] if same else test["dataset"], str(test["n"])]
+        parts = [test["dataset"]] if test["dataset"] != result["dataset"] else []
+        parts += [test["domain"]] if test["domain"] else []
+        parts += [test["classes"]] if test["classes"] != "all" or not parts else []
+        head = [", ".join(parts), str(test["n"])]
         for metric, text, digits in (("accuracy", "accuracy %", 1), ("nll", "NLL nats", 3), ("ece", "ECE %", 1)):
             rows.append([*head, text, *(f"{test[key][metric]:.{digits}f}" for key in keys)])
             head = ["", ""]
     if h := result["harmonic_mean"]:
+        if h["of"] == "ID/mean OOD":
+            others = [test for test in result["tests"][1:] if test["domain"] is not None]
+            means = [sum(test[key]["accuracy"] for test in others if test[key]) / len(others) for key in keys]
+            rows.append(["mean OOD", "", "accuracy %", *(f"{mean:.1f}" for mean in means)])
         rows.append(["H", "", f"of {h['of']}", *(f"{h[key]:.1f}" for key in keys)])
     print_aligned(rows)
     if result["dataset"].startswith("toy_") and result["dataset"] != data.world.BIASED:
