@@ -474,6 +474,13 @@ def measure_memory(name: str, part: str, device: str) -> dict:
     return {"peak_mb": round(peak), "added_mb": round(peak - before)}
 
 
+def processor_seconds() -> tuple[float, float]:
+    """Processor time of this process, and of all others (where the system tells: Linux)."""
+    path, mine = Path("/proc/stat"), time.process_time()
+    busy = [int(n) for n in path.read_text().splitlines()[0].split()[1:9]] if path.exists() else [100 * mine]
+    return mine, sum(busy[:3] + busy[5:]) / 100 - mine  # without idle and waiting for disks
+
+
 def resident(key: str) -> float:
     """VmRSS (resident memory now) or VmHWM (its peak) of this process, in MiB. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -489,17 +496,26 @@ def run_case(name: str, rounds: int, device: str) -> dict:
     """Check, time in turn, take medians, weigh → what is stored and printed."""
     case = build(name, device)
     print(f"\n{name} ({CASES[name][0]}, {device}, load {os.getloadavg()[0]:.1f})")
-    seconds, rates = {part: [] for part in case.parts}, []
+    seconds, rates, start = {part: [] for part in case.parts}, [], processor_seconds()
     for _ in range(rounds):
         rates.append(matrix_rate(device))
         for part, work in case.parts.items():
             seconds[part].append(work())
+    ours, others = (b - a for a, b in zip(start, processor_seconds()))
+    print(f"  meanwhile other processes took {100 * others / (ours + others):.0f} % of the processor time used")
     equal = case.check()
     print("  relative difference, plain to ours: " + ", ".join(f"{k} {v:.1e}" for k, v in equal.items()))
     if not max(equal.values()) < 1e-3:
         raise SystemExit(f"error: {name}: the two ways do not agree, so their times do not compare")
     middle = {part: median(values) * case.times.get(part, 1) for part, values in seconds.items()}
-    result = {"model": CASES[name][0], "equal": equal, "rounds": rounds, "seconds": middle, "all": seconds}
+    result = {
+        "model": CASES[name][0],
+        "equal": equal,
+        "rounds": rounds,
+        "others": others / (ours + others),
+        "seconds": middle,
+        "all": seconds,
+    }
     result |= {"matrix_gflops": median(rates), "ratios": {}, "memory": {}}
     for what, over, under, bar in case.ratios:
         ratio = sum(middle[part] for part in over) / sum(middle[part] for part in under)
