@@ -188,8 +188,9 @@ def our_training(method, args, clip, task, *views):
     return learner, line, seconds
 
 
-def with_steps(args, steps: int, **others) -> argparse.Namespace:
-    return argparse.Namespace(**vars(args) | {"epochs": steps, "max_steps": steps} | others)
+def with_steps(args, steps: int) -> argparse.Namespace:
+    """Epochs enough for that many steps, whether an epoch has one or more."""
+    return argparse.Namespace(**vars(args) | {"epochs": steps, "max_steps": steps})
 
 
 def image_batch(clip, task, args, view: int = 0) -> torch.Tensor:
@@ -255,19 +256,24 @@ def prograd_case(clip, C: int, M: int = 16, batch: int = 32, bars=(None, None, N
         plain_images(clip, image_batch(clip, task, cached), 2)  # once by the zero-shot model, once by the student
         return now(clip.device) - begin
 
-    def ours(args, steps, views):
-        return median(our_training(prograd, with_steps(args, steps), clip, task, views)[2])
+    def our_steps(steps):
+        """In one epoch: what comes at its end is no part of a step."""
+        views = x.repeat(steps, 1), labels.repeat(steps)
+        return median(our_training(prograd, with_steps(cached, steps), clip, task, lambda epoch: views)[2])
+
+    def our_fresh_view():
+        views = vision.training_views(fresh, clip, task.train)
+        return median(our_training(prograd, with_steps(fresh, 2), clip, task, views)[2])
 
     parts = {
         "plain text": lambda: plain_step()[2],
         "plain images": plain_encode,
-        "ours": lambda: ours(cached, 4, lambda epoch: (x, labels)),
-        "ours, fresh view": lambda: ours(fresh, 2, vision.training_views(fresh, clip, task.train)),
+        "ours": lambda: our_steps(4),
+        "ours, fresh view": our_fresh_view,
     }
     ratios = [("text and loss", ["plain text"], ["ours"], bars[0]),
               ("step, cached views", ["plain text", "plain images"], ["ours"], bars[1]),
               ("step, fresh views", ["plain text", "plain images"], ["ours, fresh view"], bars[2])]  # fmt: skip
-    our_steps = functools.partial(ours, cached, views=lambda epoch: (x, labels))
     return Case(parts, ratios, check, C * embedded.shape[1], our_steps=our_steps)
 
 
@@ -311,11 +317,12 @@ def vpt_case(clip, posterior: str, C: int = 50, L: int = 10, bar=None) -> Case:
         pairs = {name: difference(ours[name].grad, g) for name, g in zip(learned, gradients)}
         return {"loss": abs(line["loss"] / loss.item() - 1), "gradient": max(pairs.values())}
 
-    def ours(steps):
-        return median(our_training(vpt, with_steps(args, steps), clip, task, lambda epoch: (x, labels))[2])
+    def our_steps(steps):
+        views = x.repeat(steps, 1), labels.repeat(steps)
+        return median(our_training(vpt, with_steps(args, steps), clip, task, lambda epoch: views)[2])
 
-    parts = {"plain": lambda: plain_step()[2], "ours": lambda: ours(4)}
-    return Case(parts, [("step", ["plain"], ["ours"], bar)], check, L * C * embedded.shape[1], our_steps=ours)
+    parts = {"plain": lambda: plain_step()[2], "ours": lambda: our_steps(4)}
+    return Case(parts, [("step", ["plain"], ["ours"], bar)], check, L * C * embedded.shape[1], our_steps=our_steps)
 
 
 def vpt_evaluation_case(clip, C: int = 50, L: int = 10, N: int = 1000, bar=None) -> Case:
