@@ -393,7 +393,7 @@ def fit(args, clip: Clip, task: data.Task, tests: list[dict], out: Path, baselin
 def read_learner(path: str, clip: Clip) -> PromptedClassifier:
     """The tuned encoder and classifier of a run folder or checkpoint."""
     state = runs.load_checkpoint(path, "proreg")
-    names, head = state["trained_on"]["classnames"], state["settings"].get("head", "text")
+    names, head = (state["trained_on"] or {"classnames": []})["classnames"], state["settings"].get("head", "text")
     learner = PromptedClassifier(clip, names, torch.zeros(len(names), clip.dim, device=clip.device), head)
     runs.restore(learner, state["tensors"], path)
     return learner
@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> dict:
     if (args.select == "val" or args.eval_every) and not (task.val or args.eval_only):
         raise UserError(f"{task.name} has no validation part: leave out --select val and --eval-every")
     if args.eval_only:  # the names that the classifier's rows belong to
-        args.trained_on = runs.load_checkpoint(args.checkpoint, "proreg")["trained_on"]
+        args.trained_on = runs.load_checkpoint(args.checkpoint, "proreg")["trained_on"] or args.trained_on
     trained = set(args.trained_on["classnames"])
     if args.head == "mlp" and (args.wise_ft or any(set(test.classnames) - trained for test in task.tests)):
         raise UserError("--head mlp has no prompt: no --wise-ft, no unseen classes (--classes base, --test-on)")
