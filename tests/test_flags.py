@@ -1,0 +1,197 @@
+"""Every flag of the three scripts: random combinations of values in and out of range; each flag is read; help is true.
+
+A draw ends with a valid result, or with one line on stderr and status 2 (1: the numbers are not finite). The toy sets
+are cut to two images a class, and CLIP is loaded once, so that 500 draws take about a minute.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import random
+import shlex
+import signal
+from pathlib import Path
+
+import make_data
+import pytest
+
+import common
+import data
+import prograd
+import proreg
+import runs
+import vpt
+
+pytestmark = pytest.mark.slow  # not in the quick suite until every case of it is known to pass
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
+QUICK = ["--max-steps", "1", "--epochs", "1", "--shots", "1"]
+SECONDS = 60  # no draw takes a tenth of it on an idle machine
+
+# What is tried with flags that are numbers, whatever their range.
+NUMBERS = ["0", "1", "2", "3", "7", "0.5", "0.1", "1e-3", "1e-12", "-1", "-0.5", "1e12", "1e13", "1000000000", "nan",
+           "inf", "-inf", "1e400", "x", "", "1_0", "٣", "10" * 200]  # fmt: skip
+WORDS = {
+    "--dataset": [*data.world.TASKS, "folder:photos", "folder:domains", "folder:one", "toy_none", "dtd", "imagenet_a",
+                  "folder:", "folder:nowhere", "../../etc", "toy_shapes_biased/../../x", "", "folder:finished"],
+    "--data-root": [".", "nowhere", "", "garbage.pt"],
+    "--shots": [*NUMBERS, "all"],
+    "--test-on": ["toy_shapes_biased", "toy_colorfills_dark", "folder:photos", "dtd", "../x", ""],
+    "--template": ["a {}.", "{}", "a photo of a red {}", "{} photo", "{} {}", "none", "{0}", "}{", "{", "", "🙂 {}"],
+    "--train-domain": ["north", "south", "nowhere", ""],
+    "--test-domain": ["north", "south", "nowhere", ""],
+    "--model": ["toyclip", "RN50", "ViT-B-16-SigLIP", "nothing", "../x", "", "hf-hub:a/b"],
+    "--pretrained": [str(ROOT / "toyclip/weights.safetensors"), "openai", "garbage.pt", "nowhere.pt", "photos", ""],
+    "--device": ["auto", "cpu", "cpu:1", "cuda", "cuda:9", "cuda:-1", "mps", "meta", "xla", "gpu", "", "0"],
+    "--cache-dir": ["none", "other", "garbage.pt", "/dev/null", "/proc/none", ""],
+    "--out-dir": ["a/b", "finished", "unfinished", "garbage.pt", "/proc/none", "x" * 300, "new/../new2", "photos"],
+    "--checkpoint": ["finished", "finished/checkpoint.pt", "garbage.pt", "nowhere", "photos", "", "/dev/zero"],
+    "--ctx-init": ["a photo of a", "circle", "red", " ", "", "🙂", "a photo " * 50],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick_world(tmp_path_factory):
+    """Two images a class and part, one CLIP for all runs, no fsync; nothing is downloaded."""
+    cached = functools.cache(common.load_clip)
+    create = common.open_clip.create_model
+
+    def no_download(name, pretrained=None, **more):
+        if pretrained:
+            raise RuntimeError("there is no network in this test")
+        return create(name, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        small = {n: dataclasses.replace(t, parts=dict.fromkeys(t.parts, 2)) for n, t in data.world.TASKS.items()}
+        patch.setattr(data.world, "TASKS", small)
+        patch.setattr(common, "load_clip", lambda *key: dataclasses.replace(cached(*key)))
+        patch.setattr(common.open_clip, "create_model", no_download)
+        patch.setattr(common, "versions", functools.cache(common.versions))
+        patch.setattr(runs, "commit", lambda: "")
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.chdir(tmp_path_factory.mktemp("flags"))
+        for kind in ("circle", "star"):
+            make_data.images(Path("photos", kind), 8)
+            for domain in ("north", "south"):
+                make_data.images(Path("domains", domain, kind), 8)
+        make_data.images(Path("one", "circle"), 8)
+        Path("garbage.pt").write_bytes(b"garbage")
+        yield
+
+
+@pytest.fixture(scope="module")
+def script(request, quick_world):
+    """The script, with a folder in which a finished and an unfinished run of it lie."""
+    folder = Path(request.param).absolute()
+    folder.mkdir()
+    for name in ("photos", "domains", "one", "garbage.pt"):
+        (folder / name).symlink_to(folder.parent / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        module = SCRIPTS[request.param]
+        module.main([*QUICK, "--out-dir", "finished"])
+        module.main([*QUICK, "--out-dir", "unfinished"])
+        Path("unfinished/result.json").unlink()
+        yield module
+
+
+def options(module) -> dict[str, argparse.Action]:
+    return {action.option_strings[0]: action for action in module.build_parser()._actions if action.dest != "help"}
+
+
+def values_of(flag: str, action: argparse.Action) -> list[str]:
+    """All that is tried as the flag's value; a flag of a new kind must be given some."""
+    if action.nargs == 0:
+        return []
+    if action.choices:
+        return [*action.choices, "nothing", ""]
+    if flag in WORDS:
+        return WORDS[flag]
+    assert action.type is not None, f"add values for {flag} to WORDS"
+    return NUMBERS
+
+
+def accepted(flag: str, action: argparse.Action, value: str) -> bool:
+    try:
+        return action.type is None or action.type(value) is not None
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return False
+
+
+def draw(rng: random.Random, actions: dict[str, argparse.Action]) -> list[str]:
+    """Up to six flags, each value three times of four one that argparse takes."""
+    drawn = []
+    for flag in rng.sample(list(actions), rng.randint(1, 6)):
+        action, values = actions[flag], values_of(flag, actions[flag])
+        if rng.random() < 0.75:
+            values = [value for value in values if accepted(flag, action, value)] or values
+        n = {None: 1, 0: 0, 2: rng.choice([2, 2, 2, 1]), "+": rng.randint(1, 2)}[action.nargs]
+        spelled = rng.choice(action.option_strings)
+        drawn.append([spelled, *(rng.choice(values) for _ in range(n))])
+    if any(flag[:1] == ["--eval-only"] for flag in drawn) and rng.random() < 0.8:
+        drawn.append(["--checkpoint", "finished"])
+    if any(flag[:2] == ["--epochs", "1000000000"] for flag in drawn):  # would be endless without --max-steps
+        drawn = [flag for flag in drawn if flag[0] != "--max-steps"]
+    return [word for flag in drawn for word in flag]
+
+
+def check(result: dict) -> None:
+    """A result is complete, finite and JSON."""
+    json.dumps(result, allow_nan=False)
+    assert result["tests"]
+    for test in result["tests"]:
+        for key in ("zero_shot", "tuned", "baseline"):
+            if test[key]:
+                assert 0 <= test[key]["accuracy"] <= 100 and 0 <= test[key]["ece"] <= 100.001
+                assert math.isfinite(test[key]["nll"]) and test[key]["nll"] >= 0
+
+
+def outcome(module, argv: list[str], capsys) -> int:
+    """The exit status of this command, after checking what it left and said."""
+
+    def too_slow(*_):
+        raise AssertionError(f"over {SECONDS} s: {shlex.join(argv)}")
+
+    found, status = [], 0
+    previous = signal.signal(signal.SIGALRM, too_slow)
+    signal.alarm(SECONDS)
+    try:
+        runs.run(lambda: found.append(module.main(argv)))
+    except SystemExit as stop:
+        status = stop.code
+    except Exception as error:
+        raise AssertionError(f"{module.__name__}.py {shlex.join(argv)}: {type(error).__name__}: {error}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    said = f"{module.__name__}.py {shlex.join(argv)}\n{(err := capsys.readouterr().err)}"
+    if status == 0:
+        try:
+            check(found[0])
+        except (AssertionError, ValueError) as error:
+            raise AssertionError(f"{said}{error}") from error
+    else:
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), said
+        assert status == 2 or (status == 1 and "not finite" in err), said
+    return status
+
+
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+@pytest.mark.parametrize("draws", [170, pytest.param(700, marks=pytest.mark.slow)])
+def test_any_flags_give_a_result_or_one_line(script, draws, capsys):
+    rng, actions = random.Random(f"{script.__name__} {draws}"), options(script)
+    seen, statuses = set(), []
+    while len(statuses) < draws:
+        flags = draw(rng, actions)
+        if "--out-dir" not in flags:
+            flags += ["--out-dir", f"draw{draws}-{len(statuses)}"]
+        if "--help" in flags or "-h" in flags:
+            continue
+        seen |= {flag for flag, action in actions.items() if set(action.option_strings) & set(flags)}
+        statuses.append(outcome(script, [*QUICK, *flags], capsys))
+    assert seen == set(actions)  # nothing was left out
+    assert 0.1 < statuses.count(0) / draws < 0.9  # neither all refused nor all taken
