@@ -58,8 +58,9 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
 def restore(module: torch.nn.Module, tensors: dict, where) -> None:
     """Load learned tensors into `module`: all of them, each of the right shape, or UserError."""
     have, want = ({k: list(v.shape) for k, v in state.items()} for state in (tensors, module.state_dict()))
-    if have != want:
-        raise UserError(f"{where} holds tensors {str(have)[:300]}; this model and these flags need {want}")
+    if wrong := [key for key in have | want if have.get(key) != want.get(key)]:
+        text = ", ".join(f"{key} {have.get(key, 'missing')}, wanted {want.get(key, 'none')}" for key in wrong[:3])
+        raise UserError(f"{where} does not fit this model and these flags: {text[:500]}")
     module.load_state_dict(tensors)
 
 
@@ -105,9 +106,10 @@ def read_result(path: Path) -> dict:
     result = read_json(path)
     try:
         tests, mean = result["tests"], result["harmonic_mean"]
-        measures = [test[key] for test in tests for key in ("zero_shot", "tuned", "baseline") if test[key]]
+        measures = [test[key] for test in tests for key in ("zero_shot", "tuned")]
+        measures += [test["baseline"] for test in tests if test["baseline"]]
         whole = all(math.isfinite(measure[key]) for measure in measures for key in ("accuracy", "nll", "ece"))
-        whole &= all({"dataset", "classes", "domain", "n", "extra"} <= test.keys() and test["tuned"] for test in tests)
+        whole &= all({"dataset", "classes", "domain", "n", "extra"} <= test.keys() for test in tests)
         whole &= bool(tests and result["dataset"]) and (mean is None or {"of", "zero_shot", "tuned"} <= mean.keys())
     except (KeyError, TypeError, AttributeError):
         whole = False

@@ -435,7 +435,7 @@ def run(main) -> None:
         status, text = 1, "out of memory: try a smaller --memory-gb or --batch-size"
         if "gloo" in str(error):
             text = "stopped because another process did: see its own message"
-        elif type(error) is RuntimeError and "allocate memory" not in str(error):
+        elif not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
     except OSError as error:
         status, text = 2, f"{error.strerror or error}: {error.filename or 'stdout'}"
