@@ -404,7 +404,8 @@ def read_learner(path: str, clip: Clip, args: argparse.Namespace | None = None) 
     settings may differ in seed and --eval-samples."""
     state = runs.load_checkpoint(path, "vpt")
     settings = args or argparse.Namespace(**state["settings"])
-    empty = torch.zeros(len(state["tensors"]["context"]), clip.width, device=clip.device)
+    M = state["tensors"].get("context", torch.zeros(0)).shape[:1]
+    empty = torch.zeros(*M, clip.width, device=clip.device)
     learner = new_learner(settings, clip, empty)
     runs.restore(learner, state["tensors"], path)
     return learner
