@@ -1,16 +1,18 @@
 """Every flag of the three scripts: random combinations of values in and out of range; each flag is read; help is true.
 
 A draw ends with a valid result, or with one line on stderr and status 2 (1: the numbers are not finite). The toy sets
-are cut to two images a class, and CLIP is loaded once, so that 500 draws take about a minute.
+are cut to two images a class, and CLIP is loaded once, so that 600 draws take half a minute.
 """
 
 import argparse
+import ast
 import dataclasses
 import functools
 import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -24,8 +26,6 @@ import prograd
 import proreg
 import runs
 import vpt
-
-pytestmark = pytest.mark.slow  # not in the quick suite until every case of it is known to pass
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
@@ -181,10 +181,10 @@ def outcome(module, argv: list[str], capsys) -> int:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
-@pytest.mark.parametrize("draws", [170, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [200, pytest.param(700, marks=pytest.mark.slow)])
 def test_any_flags_give_a_result_or_one_line(script, draws, capsys):
     rng, actions = random.Random(f"{script.__name__} {draws}"), options(script)
-    seen, statuses = set(), []
+    seen, statuses, outside = set(), [], [set(os.listdir(folder)) for folder in ("..", ROOT)]
     while len(statuses) < draws:
         flags = draw(rng, actions)
         if "--out-dir" not in flags:
@@ -194,4 +194,77 @@ def test_any_flags_give_a_result_or_one_line(script, draws, capsys):
         seen |= {flag for flag, action in actions.items() if set(action.option_strings) & set(flags)}
         statuses.append(outcome(script, [*QUICK, *flags], capsys))
     assert seen == set(actions)  # nothing was left out
+    assert outside == [set(os.listdir(folder)) for folder in ("..", ROOT)]  # whatever --out-dir and --dataset held
     assert 0.1 < statuses.count(0) / draws < 0.9  # neither all refused nor all taken
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every flag is read, and says what is true
+# ----------------------------------------------------------------------------------------------------------------------
+def names_read(path: Path) -> set[str]:
+    """Settings that the file's code reads: args.NAME, settings["NAME"], typed.get("NAME"), getattr(args, "NAME")."""
+    found, holders = set(), {"args", "settings", "typed", "stored", "s"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found |= {node.attr} if getattr(node.value, "id", "") in holders else set()
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            found |= {getattr(node.slice, "value", "")} if getattr(node.value, "id", "") in holders else set()
+        if isinstance(node, ast.Call) and len(node.args) > 1 and getattr(node.func, "id", "") == "getattr":
+            found |= {getattr(node.args[1], "value", "")}
+        if isinstance(node, ast.Call) and node.args and getattr(node.func, "attr", "") == "get":
+            found |= {getattr(node.args[0], "value", "")} if getattr(node.func.value, "id", "") in holders else set()
+        if isinstance(node, ast.FunctionDef) and node.name == "load_dataset":  # called with the flags by name
+            body = [name.id for line in node.body for name in ast.walk(line) if isinstance(name, ast.Name)]
+            found |= {argument.arg for argument in node.args.args if argument.arg in body}
+    return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read(name):
+    files = ["data.py", "common.py", "vision.py", "runs.py", f"{name}.py"]
+    read = set().union(*(names_read(ROOT / file) for file in files))
+    flags = {action.dest: flag for flag, action in options(SCRIPTS[name]).items()}
+    assert not [flag for dest, flag in flags.items() if dest not in read]
+
+
+def settled(name: str, *flags: str) -> argparse.Namespace:
+    module = SCRIPTS[name]
+    return runs.settle(module.build_parser(), list(flags), name, module.DEFAULTS, module.paper_exceptions)
+
+
+# Defaults that no table holds: what the help says in its own words.
+IN_WORDS = {"memory_gb", "workers", "out_dir", "alpha", "eval_samples"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_the_defaults_that_are_used(name):
+    toy, paper = vars(settled(name)), vars(settled(name, "--dataset", "dtd"))
+    for flag, action in options(SCRIPTS[name]).items():
+        assert action.help and "%" not in action.help.replace("%%", "")
+        shown = re.search(r" \[(?:toy: (.*), else: )?(.*)\]$", action.help)
+        if action.dest in IN_WORDS:
+            assert shown
+            continue
+        values = [runs.in_words(kind[action.dest]) for kind in (toy, paper)]
+        if action.dest == "precision":  # resolved for the device: --device and --precision say auto
+            values = ["auto", "auto"]
+        if action.dest == "device":
+            values = ["auto", "auto"]
+        if shown is None:
+            assert values == ["", ""], flag
+        elif action.dest == "dataset":
+            assert shown[2] == values[0]
+        elif "shots on" in shown[2]:
+            for value, shots in re.findall(r"(\d+) from (\d+) shots on", shown[2]):
+                assert getattr(settled(name, "--dataset", "dtd", "--shots", shots), action.dest) == int(value)
+            assert shown[1] == values[0]
+        else:
+            assert [shown[1] or shown[2], shown[2]] == [value or "no" for value in values], flag
+
+
+def test_help_in_words_is_true():
+    assert settled("prograd").memory_gb == 4.0 and settled("prograd").workers == 0
+    assert settled("prograd", "--dataset", "dtd").workers == min(8, os.cpu_count())
+    for loss, toy, paper in (("proreg", 4, 2), ("kd", 0.5, 0.5)):
+        assert (proreg.ALPHA[loss]["toy"], proreg.ALPHA[loss]["paper"]) == (toy, paper)
+    assert "[toy: 4 or 0.5, else: 2 or 0.5, --paper: by dataset]" in options(proreg)["--alpha"].help
