@@ -132,8 +132,12 @@ def draw(rng: random.Random, actions: dict[str, argparse.Action]) -> list[str]:
         n = {None: 1, 0: 0, 2: rng.choice([2, 2, 2, 1]), "+": rng.randint(1, 2)}[action.nargs]
         spelled = rng.choice(action.option_strings)
         drawn.append([spelled, *(rng.choice(values) for _ in range(n))])
-    if any(flag[:1] == ["--eval-only"] for flag in drawn) and rng.random() < 0.8:
-        drawn.append(["--checkpoint", "finished"])
+    companions = {"--eval-only": "--checkpoint finished", "--checkpoint": "--eval-only",
+                  "--resume": "--out-dir unfinished", "folder:photos": "--model toyclip",
+                  "folder:domains": "--model toyclip --domains --test-domain north"}  # fmt: skip
+    for word in [word for flag in drawn for word in flag]:
+        if word in companions and rng.random() < 0.7:
+            drawn.append(companions[word].split())
     if any(flag[:2] == ["--epochs", "1000000000"] for flag in drawn):  # would be endless without --max-steps
         drawn = [flag for flag in drawn if flag[0] != "--max-steps"]
     return [word for flag in drawn for word in flag]
