@@ -1,4 +1,4 @@
-"""Reading what a run wrote, with distrust: a file may be damaged, or come from a stranger who means harm.
+"""Files that are never half there, and files read with distrust: damaged, or from a stranger who means harm.
 
 Nothing that is read here runs code, takes memory far beyond its own size, or holds a setting that no flag could give.
 """
@@ -7,12 +7,28 @@ import argparse
 import json
 import math
 import mmap
+import os
 import zipfile
 from pathlib import Path
 
 import torch
 
 from layouts import UserError, read_text
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: `path` is always the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a failed write does not say to which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def refuse_traps(path: str | Path) -> bool:

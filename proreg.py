@@ -124,7 +124,7 @@ class PromptedClassifier(nn.Module):
 
     def __init__(self, clip: Clip, classnames: list[str], text: torch.Tensor, head: str = "text", seed: int = 1):
         super().__init__()
-        self.visual = copy.deepcopy(clip.model.visual).requires_grad_(True)
+        self.visual = copy.deepcopy(vision.hasten(clip.model.visual)).requires_grad_(True)
         self.classnames, self.cls_head = classnames, None  # the names of the classifier's rows
         if head == "text":
             self.text_features = nn.Parameter(text.clone())  # [C, D]

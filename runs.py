@@ -22,9 +22,9 @@ import torch
 import common
 import data
 import vision
-from common import Clip, evaluate, harmonic_mean, log, write_atomic
+from common import Clip, evaluate, harmonic_mean, log
 from data import UserError
-from files import check_settings, load_checkpoint, read_config, read_result, restore, restore_optimizer
+from files import check_settings, load_checkpoint, read_config, read_result, restore, restore_optimizer, write_atomic
 from layouts import read_text
 
 # ----------------------------------------------------------------------------------------------------------------------

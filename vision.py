@@ -14,6 +14,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 import common
 import data
@@ -28,14 +29,42 @@ from common import (
     rank,
     versions,
     world_size,
-    write_atomic,
 )
 from data import UserError, draw_seed
+from files import write_atomic
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. One view of a list of images → features
 # ----------------------------------------------------------------------------------------------------------------------
+class ImageBlock(ResidualAttentionBlock):
+    """A block of CLIP's ViT by common.py's functions: the same numbers, on an AMD CPU in half the time."""
+
+    kept = slice(None)  # the tokens whose output is read
+
+    def forward(self, x, attn_mask=None):
+        q, k, v = (part.transpose(1, 2) for part in common.heads(self, x))
+        mixed = F.scaled_dot_product_attention(q[:, :, self.kept], k, v)
+        return common.finish_block(self, x[:, self.kept], mixed.transpose(1, 2).flatten(2))
+
+
+class LastImageBlock(ImageBlock):
+    """Of the last block's output only the class token is read: the MLP need not see the others."""
+
+    kept = slice(1)
+
+
+def hasten(visual: torch.nn.Module) -> torch.nn.Module:
+    """The same image tower with these blocks, if it is CLIP's ViT. Weights, their names and the features stay."""
+    if not isinstance(visual, VisionTransformer) or visual.pool_type != "tok" or visual.attn_pool is not None:
+        return visual  # ResNets are convolutions anyway
+    blocks = visual.transformer.resblocks
+    if visual.transformer.batch_first and {type(block) for block in blocks} == {ResidualAttentionBlock}:
+        for block in blocks:
+            block.__class__ = LastImageBlock if block is blocks[-1] else ImageBlock
+    return visual
+
+
 class ImageSet(torch.utils.data.Dataset):
     """items → (image [3, H, W], label, position). View `view` of image i is a pure function of (seed, view, i)."""
 
@@ -77,9 +106,11 @@ def encode_images(clip: Clip, items: list, transform, args, *, view: int = 0, ke
         return found[0].to(clip.device), labels
     start, rows = time.time(), [torch.zeros(0, clip.dim, device=clip.device)]
     mine = torch.utils.data.Subset(ImageSet(items, transform, args.seed, view), range(rank(), len(items), world))
+    hasten(clip.model.visual)
     with torch.no_grad(), autocast(clip):
         for images, _, _ in progress(image_loader(mine, args.workers, batch_size=256), f"encode {what}"):
-            rows.append(clip.model.encode_image(images.to(clip.device)).float())
+            at_once = max(1, 2**19 // images[0, 0].numel()) if clip.device == "cpu" else len(images)  # a cache's worth
+            rows += [clip.model.encode_image(part.to(clip.device)).float() for part in images.split(at_once)]
     features = gather_rows(torch.cat(rows), len(items))
     SECONDS["encode"] += time.time() - start
     if not features.isfinite().all():

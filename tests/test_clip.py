@@ -21,6 +21,7 @@ from PIL import Image
 
 import common
 import data
+import files
 import runs
 import vision
 from common import Clip
@@ -733,13 +734,13 @@ def test_check_finite_names_step_and_quantity():
 def test_write_atomic(tmp_path):
     """The old file or the whole new one: also when the disk is full, or the process is killed before the rename."""
     path = tmp_path / "file"
-    common.write_atomic(path, b"old")
+    files.write_atomic(path, b"old")
     for name in ("fsync", "replace"):
         with mock.patch.object(os, name, side_effect=OSError(28, "No space left on device")):
             with pytest.raises(OSError, match="No space left"):
-                common.write_atomic(path, b"new")
+                files.write_atomic(path, b"new")
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-    common.write_atomic(path, b"new")
+    files.write_atomic(path, b"new")
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

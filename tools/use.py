@@ -165,6 +165,7 @@ def make_predictor(run: Run):
     """A function: images [B, 3, H, W] → {zero_shot, tuned: probabilities [B, C], and VPT's two uncertainties [B]}."""
     clip, learner, names = run.clip, run.learner, run.classnames
     zero_shot = common.zero_shot_classifier(clip, names, run.template)
+    vision.hasten(clip.model.visual)
     by_image = run.method == "vpt" and learner.kind == "image"
     mlp = run.method == "proreg" and learner.cls_head is not None
     if mlp and not learned_rows(run):
@@ -261,7 +262,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def write(file: Path, tensors: dict[str, torch.Tensor], note: dict[str, str]) -> None:
-    common.write_atomic(file, safetensors.torch.save({k: v.cpu().contiguous() for k, v in tensors.items()}, note))
+    files.write_atomic(file, safetensors.torch.save({k: v.cpu().contiguous() for k, v in tensors.items()}, note))
 
 
 def open_clip_can_load(clip: common.Clip) -> bool:
