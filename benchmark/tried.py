@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from speed import RESNET, VIT, now, random_clip
 
 import common
+import vision
 
 
 def context_gradients(clip, names: list[str], M: int = 16, together: bool = False):
@@ -81,8 +82,9 @@ def encode(clip, images, precision: str = "fp32"):
 def trials(device: str):
     """For each trial: name, what it is, the way now, the other way, and whether both should give the same numbers."""
     vit, resnet = random_clip(VIT, device), random_clip(RESNET, device)
-    last = random_clip(RESNET, device)
+    last, open_clips = random_clip(RESNET, device), random_clip(VIT, device)
     last.model.to(memory_format=torch.channels_last)
+    vision.hasten(vit.model.visual)
     names, imagenet = speed.names_of(100), list(speed.open_clip.IMAGENET_CLASSNAMES)
     compiled = torch.compile(common.encode_suffixes, dynamic=False)
     step = context_gradients
@@ -99,6 +101,11 @@ def trials(device: str):
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             return step(vit, names)
 
+    def without(work, *args):
+        """With PyTorch's own products."""
+        with swapped("linear", F.linear):
+            return work(*args)
+
     vit_batch, resnet_batch = images_of(vit, 16), images_of(resnet, 32)
     last_batch = images_of(last, 32).contiguous(memory_format=torch.channels_last)
     return {
@@ -111,6 +118,12 @@ def trials(device: str):
                   lambda: other("attend", fused_attention, vit, names), True),
         "fused_names": ("the same, ImageNet's 1,000 names", lambda: step(vit, imagenet),
                         lambda: other("attend", fused_attention, vit, imagenet), True),
+        "linear": ("F.linear in place of common.linear, text pass, C = 100", lambda: step(vit, names),
+                   lambda: without(step, vit, names), True),
+        "vit_linear": ("F.linear in place of common.linear, ViT-B/16", lambda: encode(vit, vit_batch),
+                       lambda: without(encode, vit, vit_batch), True),
+        "vit_blocks": ("open_clip's own blocks in place of vision.hasten's, ViT-B/16", lambda: encode(vit, vit_batch),
+                       lambda: encode(open_clips, vit_batch), True),
         "text_bf16": ("bf16 text pass", lambda: step(vit, names), low, False),
         "vit_bf16": ("bf16 image encoding, ViT-B/16", lambda: encode(vit, vit_batch),
                      lambda: encode(vit, vit_batch, "bf16"), False),

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import gc
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 from unittest import mock
 
 import open_clip
@@ -631,6 +633,20 @@ def test_views_are_pure_functions_of_seed_view_and_position(clip, tmp_path):
     close(view(0, items=TOY[:5]), first[:5], 1e-6)  # the same crop in another batch
     for other in (view(1), view(0, seed=2)):
         assert min(deviation(a, b) for a, b in zip(first, other)) > 1e-4
+
+
+@pytest.mark.parametrize("augment, views, kept", [("crop", 0, 1), ("crop", 3, 3), ("none", 0, 1)])
+def test_views_that_are_kept(clip, augment, views, kept):
+    """Fresh ones are let go, so that memory does not grow with the epochs; V cached ones are encoded once."""
+    args = argparse.Namespace(**vars(args_of("none")), augment=augment, views=views)
+    view_of, alive = vision.training_views(args, clip, TOY), {}
+    for epoch in range(7):
+        x, labels = view_of(epoch)
+        assert x.shape == (len(TOY), clip.dim) and torch.allclose(x.norm(dim=-1), torch.ones(len(TOY)))
+        alive[id(x)] = weakref.ref(x)
+        del x, labels
+    gc.collect()
+    assert sum(ref() is not None for ref in alive.values()) == kept
 
 
 def test_order_does_not_depend_on_workers(clip):

@@ -1,4 +1,4 @@
-"""Fine-tuning with several processes: K of them learn what one alone would, and a failure in one ends them all.
+"""Several processes: K of them learn what one alone would, encode each image once, and a failure in one ends them all.
 
 gloo on the CPU, started by torchrun, as a user does. NCCL differs in the transport alone.
 """
@@ -88,6 +88,82 @@ def test_command_line(photos, tmp_path):
         assert close_lines(tmp_path / "1" / out, tmp_path / "3" / out, 1e-4)
     tables = [[line for line in done.stdout.splitlines() if "accuracy" in line] for done in (one, many)]
     assert tables[0] == tables[1] and len(tables[0]) > 3
+
+
+COUNT = f"""import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, vision
+encode, read, inside = vision.encode_images, vision.ImageSet.__getitem__, []
+def encode_images(*args, what="images", **more):
+    inside.append(what)
+    try:
+        return encode(*args, what=what, **more)
+    finally:
+        inside.pop()
+def getitem(images, i):
+    if inside:
+        with open(os.environ["SEEN"] + str(common.rank()), "a") as file:
+            print(inside[-1], images.view, images.items[i][0], file=file)
+    return read(images, i)
+vision.encode_images, vision.ImageSet.__getitem__ = encode_images, getitem
+name = sys.argv[1]
+sys.argv = sys.argv[1:]
+script = __import__(name)
+__import__("runs").run(script.main)
+"""
+ENCODING = {
+    "prograd": "--shots all --augment crop --views 0 --epochs 3 --eval-every 1 --batch-size 4 --compare",
+    "vpt": "--shots all --augment crop --views 2 --epochs 3 --posterior image --samples 2 --batch-size 4 --compare",
+    "proreg": "--augment none --epochs 2 --batch-size 5 --lr 1e-5 --no-compare",
+}
+
+
+@pytest.mark.parametrize("name", ENCODING)
+def test_each_image_is_encoded_once_in_all(photos, tmp_path, monkeypatch, name):
+    """Every view of every image by one of the processes, in equal shares; the figures are those of one process."""
+    (script := tmp_path / "script.py").write_text(COUNT)
+    flags = ["--dataset", f"folder:{photos}", "--model", "toyclip", "--workers", "0", "--cache-dir", "none"]
+    flags += ["--pretrained", worker.WEIGHTS, *ENCODING[name].split()]
+    seen, found = {}, {}
+    for processes in (1, 2):
+        monkeypatch.setenv("SEEN", str(tmp_path / f"seen{processes}-"))
+        done = torchrun(processes, script, name, *flags, "--out-dir", tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr
+        seen[processes] = [path.read_text().splitlines() for path in sorted(tmp_path.glob(f"seen{processes}-*"))]
+        with np.load(tmp_path / str(processes) / "predictions.npz") as file:
+            found[processes] = {key: file[key] for key in file.files}
+    (alone,), (first, second) = seen[1], seen[2]
+    assert len(set(alone)) == len(alone) > 20  # nothing twice, by the baseline neither
+    assert sorted(first + second) == sorted(alone) and abs(len(first) - len(second)) <= 9  # one a set and view
+    for key, value in found[1].items():
+        assert np.abs(value - found[2][key]).max() <= 1e-4, key
+
+
+def test_two_runs_at_once_share_a_cache(photos, tmp_path):
+    """Whoever writes last writes the same; both end well, and a third run encodes nothing."""
+    flags = [
+        "--dataset",
+        f"folder:{photos}",
+        "--model",
+        "toyclip",
+        "--workers",
+        "0",
+        "--epochs",
+        "2",
+        "--augment",
+        "none",
+    ]
+    flags += ["--pretrained", worker.WEIGHTS, "--shots", "all", "--augment", "none", "--no-compare"]
+    flags += ["--cache-dir", tmp_path / "cache"]
+    call = [sys.executable, ROOT / "prograd.py", *flags, "--out-dir"]
+    both = [subprocess.Popen([*call, tmp_path / k], stdout=subprocess.PIPE, text=True) for k in "ab"]
+    assert [process.communicate()[0] and process.returncode for process in both] == [0, 0]
+    third = subprocess.run([*call, tmp_path / "c"], capture_output=True, text=True)
+    saved = [line for line in third.stdout.splitlines() if "features from the cache" in line]
+    assert third.returncode == 0 and len(saved) == 4 and all("s saved" in line for line in saved)  # train, 3 tests
+    tests = [json.loads((tmp_path / k / "result.json").read_text())["tests"] for k in "abc"]
+    assert tests[0] == tests[1] == tests[2]
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # and no temporary file
 
 
 @pytest.mark.parametrize("failure", ["broken image", "crash"])
