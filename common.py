@@ -321,8 +321,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def activation_bytes(blocks, W: int, grad: bool) -> int:
-    """Bytes a token takes at most, by benchmark/speed.py: 25 W floats a layer for a backward pass, else 40 W."""
-    return 4 * W * (25 * len(blocks) if grad else 40)
+    """Bytes a token takes at most, by benchmark/speed.py: 35 W floats a layer for a backward pass, else 40 W."""
+    return 4 * W * (35 * len(blocks) if grad else 40)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

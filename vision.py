@@ -14,6 +14,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 import common
@@ -55,9 +56,13 @@ class LastImageBlock(ImageBlock):
 
 
 def hasten(visual: torch.nn.Module) -> torch.nn.Module:
-    """The same image tower with these blocks, if it is CLIP's ViT. Weights, their names and the features stay."""
+    """The same image tower, faster: CLIP's ViT with these blocks, its ResNets with the channels last in memory.
+
+    Weights, their names and the features stay. Not toyclip: what was recorded with it is to be had to the last bit."""
+    if isinstance(visual, ModifiedResNet) and visual.output_dim >= 512:
+        return visual.to(memory_format=torch.channels_last)
     if not isinstance(visual, VisionTransformer) or visual.pool_type != "tok" or visual.attn_pool is not None:
-        return visual  # ResNets are convolutions anyway
+        return visual
     blocks = visual.transformer.resblocks
     if visual.transformer.batch_first and {type(block) for block in blocks} == {ResidualAttentionBlock}:
         for block in blocks:

@@ -201,7 +201,7 @@ def test_memory_is_bounded():
     tokens = G * int((eot + 1).sum())
     estimate = tokens * common.activation_bytes(clip.model.transformer.resblocks, 64, grad=True)
     whole = saved_bytes(run)
-    assert 0.4 * estimate < whole < 1.1 * estimate  # the rest is the prefix's
+    assert 0.3 * estimate < whole < 1.1 * estimate  # the rest is the prefix's
     clip.memory_gb = estimate / 8e9
     assert saved_bytes(run) < 0.2 * whole
 

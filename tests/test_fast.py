@@ -77,6 +77,19 @@ def test_hastened_image_tower_has_the_same_features_gradients_and_names():
     assert {type(block) for block in plain.transformer.resblocks} == {ResidualAttentionBlock}
 
 
+def test_hastened_resnet_has_the_same_features_and_gradients():
+    torch.manual_seed(0)
+    heads = {"embed_dim": 512, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 64}}
+    plain = open_clip.CLIP(**heads, text_cfg=TEXT).visual.eval()
+    fast, images, g = vision.hasten(copy.deepcopy(plain)), torch.randn(3, 3, 64, 64), torch.randn(3, 512)
+    assert fast.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    results = []
+    for tower in (fast, plain):
+        y = tower(images)
+        results.append([y, *torch.autograd.grad(y, list(tower.parameters()), g)])
+    assert all(deviation(a, b) < 2e-5 for a, b in zip(*results))
+
+
 @pytest.mark.parametrize("cfg", [{"pool_type": "avg"}, {"attentional_pool": True}, {"block_type": "custom"}])
 def test_other_image_towers_are_left_alone(cfg):
     tower, images = model(**cfg).visual, torch.randn(2, 3, 48, 48)

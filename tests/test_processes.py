@@ -112,7 +112,7 @@ script = __import__(name)
 __import__("runs").run(script.main)
 """
 ENCODING = {
-    "prograd": "--shots all --augment crop --views 0 --epochs 3 --eval-every 1 --batch-size 4 --compare",
+    "prograd": "--shots all --augment crop --views 0 --epochs 3 --eval-every 1 --batch-size 4 --no-compare",
     "vpt": "--shots all --augment crop --views 2 --epochs 3 --posterior image --samples 2 --batch-size 4 --compare",
     "proreg": "--augment none --epochs 2 --batch-size 5 --lr 1e-5 --no-compare",
 }
