@@ -438,14 +438,17 @@ CASES = {  # name: (model, case); the bars are what two idle CPU cores should re
 }
 
 
-def matrix_rate(device: str, n: int = 2048) -> float:
-    """The machine's rate of fp32 matrix products, GFLOP/s: the best of five by torch.mm and five by common.linear."""
-    a, seconds = torch.randn(n, n, device=device), []
-    for product in 5 * [torch.mm, common.linear]:
-        start = now(device)
-        product(a, a)
-        seconds.append(now(device) - start)
-    return 2 * n**3 / min(seconds) / 1e9
+def matrix_rates(device: str, n: int = 2048) -> dict[str, float]:
+    """The machine's rates of fp32 matrix products in GFLOP/s, each the best of five: torch.mm's and common.linear's."""
+    a, rates = torch.randn(n, n, device=device), {}
+    for name, product in {"torch.mm": torch.mm, "common.linear": common.linear}.items():
+        seconds = []
+        for _ in range(5):
+            start = now(device)
+            product(a, a)
+            seconds.append(now(device) - start)
+        rates[name] = 2 * n**3 / min(seconds) / 1e9
+    return rates
 
 
 def operations(case: Case) -> float:
@@ -506,7 +509,7 @@ def run_case(name: str, rounds: int, device: str) -> dict:
     print(f"\n{name} ({CASES[name][0]}, {device}, load {os.getloadavg()[0]:.1f})")
     seconds, rates, start = {part: [] for part in case.parts}, [], processor_seconds()
     for _ in range(rounds):
-        rates.append(matrix_rate(device))
+        rates.append(matrix_rates(device))
         for part, work in case.parts.items():
             seconds[part].append(work())
     ours, others = (b - a for a, b in zip(start, processor_seconds()))
@@ -524,7 +527,8 @@ def run_case(name: str, rounds: int, device: str) -> dict:
         "seconds": middle,
         "all": seconds,
     }
-    result |= {"matrix_gflops": median(rates), "ratios": {}, "memory": {}}
+    rate = {name: median(row[name] for row in rates) for name in rates[0]}
+    result |= {"matrix_gflops": rate, "ratios": {}, "memory": {}}
     for what, over, under, bar in case.ratios:
         ratio = sum(middle[part] for part in over) / sum(middle[part] for part in under)
         # A round's ratio compares neighbours in time; their spread says how far the ratio can be trusted.
@@ -536,9 +540,10 @@ def run_case(name: str, rounds: int, device: str) -> dict:
         verdict = "" if bar is None else f", bar {bar}: {'met' if ratio >= bar else 'NOT MET'}"
         print(f"  {what}: {ratio:.2f} times as fast ({min(each):.2f} to {max(each):.2f}){verdict}")
     if case.our_steps:
-        rate = operations(case) / middle["ours"] / 1e9
-        result["share"] = rate / result["matrix_gflops"]
-        print(f"  ours: {rate:.0f} of {result['matrix_gflops']:.0f} GFLOP/s, a share of {result['share']:.2f}")
+        reached = operations(case) / middle["ours"] / 1e9
+        result["share"] = {name: reached / value for name, value in rate.items()}
+        shares = " and ".join(f"{reached / value:.2f} of {name}'s {value:.0f}" for name, value in rate.items())
+        print(f"  ours: {reached:.0f} GFLOP/s, {shares}")
     for part, value in middle.items():
         text = ""
         if case.tokens > BLOCK and part.startswith("plain"):  # too much to be tried: counted from 7,700 tokens
