@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
         raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
     try:
         refuse_traps(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells of pickle protocols; the one line below says enough
+            state = torch.load(file, map_location="cpu", weights_only=True)
         kinds = [type(state[key]) for key in ("method", "settings", "epoch", "tensors")]
         noted = state["trained_on"] or {"classnames": [], "template": ""}  # None: tools/released.py does not know
         kinds += [type(state["settings"]["dataset"]), type(noted["template"]), *map(type, noted["classnames"])]
