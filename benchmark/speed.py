@@ -3,7 +3,6 @@
     python benchmark/speed.py                                    # all cases, both ways: about 30 minutes on two cores
     python benchmark/speed.py --cases prograd_100 --rounds 5
     python benchmark/speed.py --growth                           # seconds against C, L and M, and the picture of it
-    python benchmark/speed.py --list
 
 CLIP has random weights of real size (nothing is downloaded; speed does not depend on the weights). The plain way is
 written here with open_clip's own modules and without common.py: the full sequence of context_length tokens for every
