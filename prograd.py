@@ -244,8 +244,6 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
 @torch.no_grad()
 def class_logits(learner: PromptLearner, clip: Clip, classnames: list[str], x: torch.Tensor) -> torch.Tensor:
     """Logits [N, C] of unit image features x [N, D] among any class names."""
-    if learner.context.dim() == 3 and len(learner.context) != len(classnames):
-        raise UserError(f"--csc learned contexts of {len(learner.context)} classes; {len(classnames)} are asked for")
     with common.autocast(clip):
         text = learner(common.name_tokens(clip, classnames, learner.context.shape[-2]))
     return clip.scale * x @ F.normalize(text.float(), dim=-1).T

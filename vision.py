@@ -112,9 +112,10 @@ def encode_images(clip: Clip, items: list, transform, args, *, view: int = 0, ke
     start, rows = time.time(), [torch.zeros(0, clip.dim, device=clip.device)]
     mine = torch.utils.data.Subset(ImageSet(items, transform, args.seed, view), range(rank(), len(items), world))
     hasten(clip.model.visual)
+    on_cpu = torch.device(clip.device).type == "cpu"
     with torch.no_grad(), autocast(clip):
         for images, _, _ in progress(image_loader(mine, args.workers, batch_size=256), f"encode {what}"):
-            at_once = max(1, 2**19 // images[0, 0].numel()) if clip.device == "cpu" else len(images)  # a cache's worth
+            at_once = max(1, 2**19 // images[0, 0].numel()) if on_cpu else len(images)  # a cache's worth of pixels
             rows += [clip.model.encode_image(part.to(clip.device)).float() for part in images.split(at_once)]
     features = gather_rows(torch.cat(rows), len(items))
     SECONDS["encode"] += time.time() - start
