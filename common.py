@@ -1,440 +1,901 @@
-"""The CLIP side of the three scripts: load a model, encode prompts and images fast, measure. No method in here.
+"""What the three scripts share: CLIP's two encoders, made fast; numbers; flags, folders, the table.
 
-Axes, everywhere: B images in a batch, N images, C classes, D joint embedding width, W text-transformer width, M context
-tokens, P prefix tokens (SOS + context), S suffix tokens (class name, ".", EOT), G different prefixes, L samples.
-
-    python common.py --dataset toy_fillshapes_sketch --model toyclip      # the zero-shot table of a dataset
+Axes, everywhere: B images in a batch, N images, C classes, D joint embedding width, W width of the
+text transformer, M context tokens, P prefix tokens (SOS + context), G different prefixes, R rows of
+S tokens that hold all class names, L samples.
 """
 
-import bisect
-import collections
-import contextlib
+import argparse
 import dataclasses
 import functools
+import hashlib
+import io
+import json
 import logging
 import math
 import os
-import sys
 import warnings
+import zipfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import UserError
-from files import refuse_traps
+import data
+from data import UserError, flag, in_one_line, read_json, require, run, write  # noqa: F401
 
-HERE = Path(__file__).resolve().parent
-SECONDS = collections.Counter()  # what loading and image encoding took in this run, for result.json
+CLIP_FLAGS = ("model", "pretrained", "device", "precision", "memory_gb")
+TOYCLIP = Path(__file__).resolve().parent / "toyclip"
+ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. CLIP: load it, and refuse what the fast text path below would get wrong
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 1. CLIP
+# --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Clip:
-    """A frozen CLIP in eval mode. encode_prompts reads `model` and `memory_gb` alone; copy what you need."""
+    """A frozen CLIP in eval mode, and what belongs to it."""
 
     model: torch.nn.Module
-    preprocess: object = None  # the test transform, PIL image → [3, H, W]
-    tokenizer: object = None
-    scale: float = 100.0  # logit_scale.exp()
-    width: int = 512  # W
-    dim: int = 512  # D
-    context_length: int = 77
-    device: str = "cpu"
+    preprocess: Callable  # the test transform, PIL image → [3, H, W]
+    tokenizer: Callable
     name: str = ""
     pretrained: str = ""
-    activation: str = ""  # quickgelu or gelu
-    known: torch.Tensor | None = None  # toyclip: which rows of the token table were trained, [vocabulary] bool
+    device: str = "cpu"
     precision: str = "fp32"
-    memory_gb: float = 4.0
+    memory_gb: float = 4.0  # bound on what the text encoder keeps alive
+    scale: float = 100.0  # s = exp(logit_scale)
+    weights: str = ""  # hash of all tensors
+
+    @property
+    def width(self) -> int:
+        """W, of the text transformer."""
+        return text_tower(self.model).token_embedding.weight.shape[1]
+
+    @property
+    def dim(self) -> int:
+        """D, of the features of images and texts."""
+        return self.model.visual.output_dim
 
 
-def load_clip(model: str = "toyclip", pretrained: str | None = None, device: str = "cpu") -> Clip:
-    """Load a frozen CLIP: `toyclip`, or an open_clip model by name with a tag or a local weights file.
+def load_clip(
+    model: str = "toyclip",
+    pretrained: str | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    memory_gb: float = 4.0,
+) -> Clip:
+    """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
 
-    Raises UserError for unknown names, unreadable files and text towers that are not CLIP's (SigLIP, HF towers, CLIPA).
+    UserError for what is unknown, cannot be read, or has not CLIP's kind of text tower.
     """
-    name = model.replace("/", "-")
+    # Of hf-hub: and local-dir: open_clip takes configuration, weights and tokenizer together.
+    name = model if ":" in model else model.replace("/", "-")
     if name == "toyclip":
-        open_clip.add_model_config(HERE / "toyclip" / "toyclip.json")
-        pretrained = pretrained or str(HERE / "toyclip" / "weights.safetensors")
-    config = open_clip.get_model_config(name) if ":" not in name else None
-    if config is None:
-        raise UserError(f"unknown model {model}: python -c 'import open_clip as o; print(o.list_models())' lists them")
-    refuse_text_tower(name, config["text_cfg"])
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not pretrained:
-        raise UserError(f"--model {model} needs --pretrained: a weights file or one of {', '.join(tags) or 'no tags'}")
-    # WHY: QuickGELU and GELU give different numbers, silently. So the activation follows the weights: a tag's own entry
-    # decides; OpenAI's TorchScript archives are QuickGELU; for any other local file the model's name decides.
-    weights, quick, plain = {}, bool(config.get("quick_gelu")), name.removesuffix("-quickgelu")
-    tag = None if os.path.isfile(pretrained) else pretrained  # a folder called openai is no file
-    if tag:
-        entry = open_clip.get_pretrained_cfg(name, tag) or open_clip.get_pretrained_cfg(plain, tag)
-        if not entry:
-            raise UserError(f"--pretrained {tag} is neither a file nor a tag of {model} ({', '.join(tags)})")
-        quick = bool(entry.get("quick_gelu"))
-    else:
-        weights, archive = read_weights(pretrained)
-        quick = quick or archive
-    if quick != bool(config.get("quick_gelu")):
-        name = plain
+        torch.set_num_threads(1)  # so small that a second thread costs time
+        open_clip.add_model_config(TOYCLIP / "toyclip.json")
+        pretrained = pretrained or str(TOYCLIP / "weights.safetensors")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # open_clip warns of activations; ours is decided above, printed and stored
-            logging.disable(logging.WARNING)  # ... and of random weights, which load_strictly replaces
-            net = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick, require_pretrained=bool(tag))
-        if not tag:
-            load_strictly(net, weights)
-    except Exception as error:  # open_clip, the hub and torch raise many kinds; the user needs the one line
-        raise UserError(f"cannot load {pretrained} into {model}: {' '.join(str(error).split())[:300]}") from error
+        logging.disable(logging.CRITICAL)  # what open_clip logs is said better in the line below
+        with warnings.catch_warnings(action="ignore"):
+            net = build_model(name, pretrained or "")
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, the hub and torch raise many kinds
+        text = f"cannot load --model {model} --pretrained {pretrained}: {in_one_line(error)}"
+        raise error if isinstance(error, UserError) else UserError(text) from error
     finally:
         logging.disable(logging.NOTSET)
-    net = net.float().eval().requires_grad_(False).to(device)  # WHY eval: open_clip's train mode moves BatchNorm
-    tower, known = text_tower(net), None
-    if "token_ids" in weights:
-        known = torch.zeros(len(tower.token_embedding.weight), dtype=torch.bool)
-        known[weights["token_ids"].long()] = True
-    transform = image_transform_v2(PreprocessCfg(**net.visual.preprocess_cfg), is_train=False)
-    clip = Clip(net, transform, open_clip.get_tokenizer(name), net.logit_scale.exp().item(), device=device, name=name)
-    clip.width, clip.dim = tower.token_embedding.embedding_dim, config["embed_dim"]
-    clip.context_length, clip.known = len(tower.positional_embedding), known
-    clip.pretrained, clip.activation = pretrained, "quickgelu" if quick else "gelu"
-    return clip
+    # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
+    net = net.float().eval().requires_grad_(False)
+    if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
+        net.visual.to(memory_format=torch.channels_last)  # faster convolutions
+    cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
+    clip = Clip(net, transform, tokenizer, name, pretrained or "", memory_gb=memory_gb)
+    clip.scale = net.logit_scale.double().exp().item()
+    clip.weights = fingerprint(net)
+    check_text_tower(clip)
+    net.to(device)
+    return dataclasses.replace(clip, device=device, precision=precision)
 
 
-def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """A local weights file → (state dict, is it an OpenAI TorchScript archive). No pickle in it is executed."""
+def build_model(name: str, pretrained: str) -> torch.nn.Module:
+    """The model with its weights.
+
+    WHY care: QuickGELU and GELU give different numbers, silently. The activation follows the
+    weights: a tag's own entry decides; OpenAI's TorchScript archives are QuickGELU; for any other
+    local file the model's name decides.
+    """
+    if ":" in name:
+        return open_clip.create_model(name, require_pretrained=True)
+    config = open_clip.get_model_config(name)
+    require(config, f"--model {name} is unknown to open_clip: name one such as RN50, ViT-B-16")
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
+    if Path(pretrained).is_file():
+        quick = is_archive(pretrained) or bool(config.get("quick_gelu"))
+        net = open_clip.create_model(name, force_quick_gelu=quick)
+        load_weights(net, pretrained)
+        return net
+    plain = name.removesuffix("-quickgelu")
+    tag = open_clip.get_pretrained_cfg(plain, pretrained)
+    tag = tag or open_clip.get_pretrained_cfg(name, pretrained)
+    require(tag, f"--pretrained {pretrained!r} is no file and no tag of {name}: {tags}")
+    quick = bool(tag.get("quick_gelu"))
+    source = {"pretrained": pretrained, "require_pretrained": True}
+    return open_clip.create_model(name if quick else plain, force_quick_gelu=quick, **source)
+
+
+def is_archive(path: str) -> bool:
+    """Is this file one of OpenAI's TorchScript archives?"""
+    files = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    return any("/code/" in file for file in files)
+
+
+def load_weights(net: torch.nn.Module, path: str) -> None:
+    """Load a local file: an archive of OpenAI's, safetensors, a state dict, a training checkpoint.
+    Nothing in it is run. UserError unless names and shapes are the model's.
+
+    WHY not open_clip's loader: it resizes position embeddings of another size without a word.
+    """
+    if is_archive(path):
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    else:
+        state = open_clip.factory.load_state_dict(path)  # reads with weights_only
+    for note in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's files
+        state.pop(note, None)
+    foreign = any(key.startswith(("text_model.", "vision_model.")) for key in state)
+    advice = "name an open_clip tag, or a file in open_clip's or OpenAI's format"
+    require(not foreign, f"{path} is in the format of transformers: {advice}")
+    load_tensors(net, state, f"{path} holds another model than --model names")
+
+
+def load_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], fault: str) -> None:
+    """load_state_dict, or UserError `fault` with the first two names or shapes that differ."""
+    expected = {(key, tuple(value.shape)) for key, value in module.state_dict().items()}
+    given = {(key, tuple(value.shape)) for key, value in tensors.items()}
+    differ = [f"{key} {list(shape)}" for key, shape in sorted(expected ^ given)[:2]]
+    require(not differ, f"{fault}: see {' and '.join(differ)}")
+    module.load_state_dict(tensors)
+
+
+def fingerprint(net: torch.nn.Module) -> str:
+    """Hash of all tensors: which CLIP a run belongs to, wherever its file lies."""
+    digest = hashlib.sha1()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def check_text_tower(clip: Clip) -> None:
+    """What section 2 encodes must equal open_clip's own. SigLIP's and CLIPA's towers fail here."""
+    text = "a photo of a"
     try:
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path), False
-        if refuse_traps(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch deprecates TorchScript; OpenAI's own files are made of it
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-            sizes = {"input_resolution", "context_length", "vocab_size"}  # numbers OpenAI stores beside the weights
-            return {key: value for key, value in state.items() if key not in sizes}, True
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        return {key.removeprefix("module."): value for key, value in state.items()}, False
-    except Exception as error:  # a broken file can fail in any of three libraries
-        raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from error
-
-
-def load_strictly(net: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Load every tensor, or raise RuntimeError. Of toyclip's token table only the rows that captions use are stored."""
-    weights = {key: value for key, value in weights.items() if not key.endswith("attn_mask")}  # a constant
-    if "token_ids" in weights:
-        table = torch.zeros_like(net.token_embedding.weight)
-        table[weights.pop("token_ids").long()] = weights.pop("token_rows").float()
-        weights["token_embedding.weight"] = table
-    net.load_state_dict(weights, strict=True)
-
-
-# What encode_prompts relies on: the settings of an open_clip text tower and the values they must have.
-PLAIN_TOWER = {"hf_model_name": None, "hf_tokenizer_name": None, "no_causal_mask": False, "pool_type": "argmax",
-               "embed_cls": False, "final_ln_after_pool": False, "block_type": None, "qk_norm": False,
-               "scaled_cosine_attn": False, "scale_heads": False, "scale_attn_inner": False, "scale_attn": False,
-               "scale_fc": False, "proj_type": "linear", "proj_bias": False}  # fmt: skip
-
-
-def refuse_text_tower(name: str, text_cfg: dict) -> None:
-    """Raise UserError, before any download, unless this is CLIP's text tower: causal, EOT-pooled, plain blocks, BPE."""
-    for key, plain in PLAIN_TOWER.items():
-        if text_cfg.get(key, plain) != plain:
-            reason = f"its text tower has {key} = {text_cfg[key]!r}"
-            raise UserError(
-                f"{name} cannot be used: {reason}; needed are a causal mask, EOT pooling and CLIP's tokenizer"
-            )
+        ours = prompt_features(clip, [text], "{}")
+        theirs = clip.model.encode_text(clip.tokenizer([text]))
+        equal = (ours - theirs).norm() < 1e-3 * theirs.norm()
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        equal = False
+    reason = "is causal and read at the end of the text, as CLIP's is"
+    require(equal, f"{clip.name} cannot be used: needed is a text tower that {reason}")
 
 
 def text_tower(model: torch.nn.Module) -> torch.nn.Module:
-    """Where the text transformer lives: `model.text` in open_clip's CustomTextCLIP, else the model itself."""
+    """Where the text transformer lives: `model.text` in open_clip's CustomTextCLIP, or `model`."""
     return getattr(model, "text", model)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Text: many prompts with one shared prefix, which is encoded once. The heart of the project's speed
-# ----------------------------------------------------------------------------------------------------------------------
+def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
+    """Mixed precision as --precision says. What is learned, and the losses, stay fp32.
+
+    WHY not fp16 where a prompt needs gradients: they underflow. That pass then runs in fp32.
+    """
+    kind = {"bf16": torch.bfloat16, "fp16": None if gradients else torch.float16}
+    dtype = kind.get(clip.precision)
+    return torch.autocast(torch.device(clip.device).type, dtype, enabled=dtype is not None)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. TEXT: many names behind one prefix. The heart of the project's speed
+# --------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Names:
+    """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
+
+    The same P prefix tokens stand before every text. So each row goes through the tower behind one
+    copy of the prefix, and a mask keeps the texts of a row from seeing each other.
+    """
+
+    rows: torch.Tensor  # [R, S, W] token + position embeddings
+    mask: torch.Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
+    eot: torch.Tensor  # [R, K] where in a row, prefix included, its k-th text ends
+    slot: torch.Tensor  # [C] which of the R · K texts is class c's
+    free: torch.Tensor  # [C · own] places of the R · S that are kept free for a class's own context
+
+
 def token_ids(clip: Clip, text: str, room: int) -> list[int]:
-    """BPE ids of `text` and EOT. UserError for more than `room` of them, or for a word toyclip was never trained on."""
-    ids = clip.tokenizer.encode(text.replace("_", " ")) + [clip.tokenizer.eot_token_id]
-    if len(ids) > room:
-        free = f"{max(0, room)} of {clip.context_length} are free"
-        raise UserError(f"{text!r} takes {len(ids)} tokens with EOT, and {free}: shorten it or use a smaller --n-ctx")
-    if clip.known is not None and not clip.known[ids].all():
-        word = next(clip.tokenizer.decode([i]) for i in ids if not clip.known[i]).strip()
-        raise UserError(
-            f"{clip.name} never saw {word!r} of {text!r}: choose a full-size CLIP with --model and --pretrained"
-        )
+    """BPE ids of `text` and EOT. UserError for more than `room`, or a word toyclip never saw."""
+    ids = [*clip.tokenizer.encode(text.replace("_", " ")), clip.tokenizer.eot_token_id]
+    size = f"{len(ids)} tokens with EOT, {room} are free"
+    require(len(ids) <= room, f"{text!r} takes {size}: shorten it, or lower --n-ctx")
+    if clip.name == "toyclip":  # the row of a word that training never touched is zero
+        seen = text_tower(clip.model).token_embedding.weight[ids].any(dim=1)
+        unknown = clip.tokenizer.decode([ids[int(seen.long().argmin())]]).strip()
+        advice = "choose a full-size CLIP with --model and --pretrained"
+        require(seen.all(), f"toyclip never saw {unknown!r} of {text!r}: {advice}")
     return ids
 
 
-def embed(clip: Clip, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ragged token ids, each row ending in EOT → embeddings [C, S, W] (zeros after EOT, never read) and eot [C]."""
-    table = text_tower(clip.model).token_embedding.weight
-    out = table.new_zeros(len(rows), max(map(len, rows)), table.shape[1])
-    for c, row in enumerate(rows):
-        out[c, : len(row)] = table[row].detach()
-    return out, torch.tensor([len(row) - 1 for row in rows], device=table.device)
+def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
+    """Tokenise texts that stand behind a prefix of `before` tokens (SOS, a context) and end in EOT.
+
+    `own`: so many free places begin each text. WHY rows of about 128 tokens: a text takes a handful
+    of tokens, not the context length. Rows of one length need one mask and no special kernel;
+    shorter rows repeat the prefix more often, longer ones compare more tokens that are masked.
+    """
+    tower = text_tower(clip.model)
+    table, position = tower.token_embedding.weight, tower.positional_embedding
+    room = len(position) - before - own
+    ids = [[-1] * own + token_ids(clip, text, room) for text in texts]  # -1: a place kept free
+    size = torch.tensor([len(text) for text in ids])  # [C]
+    start = size.cumsum(0) - size
+    n_rows = math.ceil(int(size.sum()) / max(1, ROW_LENGTH - before))
+    row = start * n_rows // size.sum()  # [C] every row gets an equal share of all tokens
+    first = torch.searchsorted(row, row)  # [C] the first text in each text's row
+    column, nth = start - start[first], torch.arange(len(ids)) - first
+    R, S, K = int(row[-1]) + 1, int((column + size).max()), int(nth.max()) + 1
+
+    # Of every token: whose it is, and its place in that text; then both at its row and column.
+    whose = torch.arange(len(ids)).repeat_interleave(size)
+    place = torch.arange(len(whose)) - start[whose]
+    at = row[whose], column[whose] + place
+    token = torch.full((R, S), -1).index_put(at, torch.tensor(sum(ids, [])))
+    place = torch.zeros(R, S, dtype=torch.long).index_put(at, before + place)
+    whose = torch.full((R, S), -1).index_put(at, whose)  # -1: the end of a row that no text fills
+    eot = torch.zeros(R, K, dtype=torch.long).index_put((row, nth), before + column + size - 1)
+    free = (row * S + column)[:, None] + torch.arange(own)
+
+    to = functools.partial(torch.Tensor.to, device=table.device)
+    rows = table[to(token.clamp(min=0))] * to(token >= 0)[:, :, None] + position[to(place)]
+    mask = to(attention_mask(whose, place, before)).to(table.dtype)
+    return Names(rows.detach(), mask, to(eot), to(row * K + nth), to(free.flatten()))
 
 
-def name_tokens(clip: Clip, classnames: list[str], n_ctx: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Suffix embeddings [C, S, W] of "name." and EOT, and the EOT's position in it [C]. `n_ctx` tokens stand before."""
-    for i, name in enumerate(classnames):
-        if not name.strip(" _"):
-            raise UserError(f"class {i} has an empty name: give it one in classnames.txt, or rename its folder")
-    return embed(clip, [token_ids(clip, f"{name}.", clip.context_length - 1 - n_ctx) for name in classnames])
+def attention_mask(whose: torch.Tensor, place: torch.Tensor, before: int) -> torch.Tensor:
+    """A token sees the prefix and its own text, up to itself. whose, place [R, S]: whose a token is
+    and where it stands in its prompt → [R, 1, P + S, P + S], 0 or -inf."""
+    whose = F.pad(whose, (before, 0), value=-2)  # -2: the prefix
+    place = torch.cat([torch.arange(before).expand(len(place), -1), place], dim=1)
+    sees = (whose[:, :, None] == whose[:, None]) | (whose[:, None] == -2)
+    sees &= place[:, :, None] >= place[:, None]
+    return torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
+
+
+def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names:
+    """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
+
+    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept free.
+    """
+    return pack(clip, [f"{name}." for name in classnames], 1 + n_ctx, own)
+
+
+def word_tokens(clip: Clip, words: str) -> torch.Tensor:
+    """The embeddings of a text's tokens, [k, W], without SOS and EOT."""
+    ids = token_ids(clip, words, len(text_tower(clip.model).positional_embedding))[:-1]
+    return text_tower(clip.model).token_embedding.weight[ids].detach()
 
 
 def start_of_text(clip: Clip) -> torch.Tensor:
     """The SOS embedding, [1, 1, W]."""
-    return text_tower(clip.model).token_embedding.weight[clip.tokenizer.sot_token_id].detach()[None, None]
+    sos = clip.tokenizer.sot_token_id
+    return text_tower(clip.model).token_embedding.weight[None, sos : sos + 1].detach()
 
 
-def zero_shot_classifier(clip: Clip, classnames: list[str], templates: str | list[str]) -> torch.Tensor:
-    """Hand-written prompts → classifier [C, D] of unit rows; of several templates their mean, normalised."""
-    total, room = 0.0, clip.context_length - 1
-    for template in [templates] if isinstance(templates, str) else templates:
-        rows = [token_ids(clip, template.replace("{}", name), room) for name in classnames]
-        shared = 0  # what all classes begin with ("a photo of a") is prefix, the rest suffix
-        while all(len(row) > shared + 1 and row[shared] == rows[0][shared] for row in rows):
-            shared += 1
-        words = embed(clip, [rows[0][:shared]])[0] if shared else start_of_text(clip)[:, :0]
-        prefix = torch.cat([start_of_text(clip), words], dim=1)  # [1, P, W]
-        with torch.no_grad(), autocast(clip):
-            features = encode_prompts(clip, prefix, *embed(clip, [row[shared:] for row in rows]))[0]  # [C, D]
-        total = total + F.normalize(features.float(), dim=-1)
-    return F.normalize(total, dim=-1)
+@torch.no_grad()
+def prompt_features(clip: Clip, classnames: list[str], template: str) -> torch.Tensor:
+    """Text features [C, D] of a hand-written prompt, unnormalised."""
+    names = pack(clip, [template.replace("{}", name) for name in classnames])
+    with autocast(clip):
+        return encode_prompts(clip, start_of_text(clip), names)[0]
 
 
-def encode_prompts(clip: Clip, prefix: torch.Tensor, suffix: torch.Tensor, eot: torch.Tensor) -> torch.Tensor:
-    """Text features of every class under every prefix: prefix [G, P, W], suffix [C, S, W], eot [C] → [G, C, D].
+def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> torch.Tensor:
+    """Unit rows [C, D] of hand-written prompts; of several templates their mean, normalised."""
+    rows = [F.normalize(prompt_features(clip, classnames, t), dim=-1) for t in templates]
+    return F.normalize(torch.stack(rows).mean(dim=0), dim=-1)
 
-    Equals sending each full sequence [prefix, suffix, padding] through the tower (unnormalised, as encode_text), since
-    CLIP's text attention is causal: (1) nothing after a class's EOT can influence it, so it is left out; (2) the prefix
-    never sees the class name, so it is the same for all C classes, and its keys and values are computed once.
-    Work: P + C * (mean name length) tokens, not C * (context length). Differentiable in prefix and suffix.
+
+def encode_prompts(clip: Clip, prefix: torch.Tensor, names: Names) -> torch.Tensor:
+    """Text features of every class under every prefix: prefix [G, P, W] → [G, C, D], unnormalised.
+
+    Equals sending each whole prompt [prefix, name, padding] through the tower, for CLIP's text
+    attention is causal: (1) what stands after a class's EOT cannot influence it, so it is left out;
+    (2) the prefix never sees the names, so that many names can stand behind one copy of it.
+    Work: R · (P + S) tokens a prefix, not C · context length. Differentiable in prefix and names.
+    The names must have been packed for a prefix of P tokens.
     """
     tower = text_tower(clip.model)
-    position, (G, P, W), C = tower.positional_embedding, prefix.shape, len(suffix)
-    lengths, order = torch.sort(eot + 1, stable=True)
-    S = int(lengths[-1])
-    if P + S > len(position):
-        raise UserError(f"a prompt of {P + S} tokens, and the model takes {len(position)}: use a smaller --n-ctx")
-    # WHY sorted by length: tokens are packed without padding, and the classes of one length share one attention call.
-    real = torch.arange(S, device=eot.device) < lengths[:, None]  # [C, S], False on padding
-    tokens = (suffix[order, :S] + position[P : P + S])[real]  # [T, W], class after class
-    ends = [0, *lengths.cumsum(0).tolist()]
-    # Blocks of (G, C) bound what is alive; with gradients a block is computed again in the backward pass.
-    grad = torch.is_grad_enabled() and (prefix.requires_grad or suffix.requires_grad)
-    budget = int(clip.memory_gb * 1e9 / activation_bytes(tower.transformer.resblocks, W, grad))  # tokens alive at once
-    g_step, cuts = max(1, budget // (P + ends[-1])), [0]
-    while cuts[-1] < C:
-        cuts.append(max(cuts[-1] + 1, bisect.bisect(ends, ends[cuts[-1]] + budget) - 1))
-    again = functools.partial(checkpoint, use_reentrant=False)
-    run = again if grad and (g_step < G or len(cuts) > 2) else lambda function, *inputs: function(*inputs)
-    spans = list(zip(lengths.cpu().tensor_split(cuts[1:-1]), tokens.tensor_split([ends[c] for c in cuts[1:-1]])))
-    rows = []
-    for part in (prefix + position[:P]).split(g_step):
-        memory = run(encode_prefix, tower, part)
-        row = [run(encode_suffixes, tower, n.tolist(), x.expand(len(part), -1, -1), *memory) for n, x in spans]
-        rows.append(torch.cat(row, dim=1))
-    features, projection = torch.cat(rows)[:, torch.argsort(order)], tower.text_projection  # [G, C, W], caller's order
-    return projection(features) if isinstance(projection, torch.nn.Module) else features @ projection
+    G, P, W = prefix.shape
+    R, S, _ = names.rows.shape
+    # Pieces of rows and prefixes bound what is alive; for gradients they are computed again in the
+    # backward pass. A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
+    gradients = torch.is_grad_enabled() and (prefix.requires_grad or names.rows.requires_grad)
+    floats = 35 * len(tower.transformer.resblocks) if gradients else 40
+    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))  # rows that fit
+    r, g = min(R, alive), min(G, max(1, alive // R))
+    encode = encode_rows
+    if gradients and (r < R or g < G):
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        encode = functools.partial(checkpoint, encode_rows, **options)
+    pieces = list(zip(names.rows.split(r), names.mask.split(r), names.eot.split(r)))
+    parts = [[encode(tower, some, *piece) for piece in pieces] for some in prefix.split(g)]
+    ends = torch.cat([torch.cat(row, dim=1) for row in parts])  # [G, R, K, W]
+    features = ends.flatten(1, 2).index_select(1, names.slot)  # [G, C, W]
+    is_layer = isinstance(tower.text_projection, torch.nn.Module)
+    features = tower.text_projection(features) if is_layer else features @ tower.text_projection
+    return features.to(prefix.dtype)  # whatever autocast computes in
 
 
-def encode_prefix(tower: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Prefixes x [g, P, W] → the memory of them: keys and values of each layer in turn, each [g, H, P, W/H]."""
-    memory = []
+def encode_rows(
+    tower: torch.nn.Module,
+    prefix: torch.Tensor,
+    rows: torch.Tensor,
+    mask: torch.Tensor,
+    eot: torch.Tensor,
+) -> torch.Tensor:
+    """Each of r rows behind each of g prefixes through the transformer → what stands where the
+    texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], eot [r, K]."""
+    g, P, W = prefix.shape
+    r, S, _ = rows.shape
+    start = (prefix + tower.positional_embedding[:P])[:, None].expand(g, r, P, W)
+    x = torch.cat([start, rows.expand(g, r, S, W)], dim=2).flatten(0, 1)  # [g·r, P + S, W]
+    mask = mask.expand(g, *mask.shape).flatten(0, 1)
+    ends = eot.expand(g, *eot.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
     for block in tower.transformer.resblocks:
-        q, k, v = (part.transpose(1, 2) for part in heads(block, x))
-        memory += [k, v]
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = finish_block(block, x, mixed.transpose(1, 2).flatten(2))  # the last layer's is read by nobody
-    return memory
+        attend = block.attn
+        qkv = F.linear(block.ln_1(x), attend.in_proj_weight, attend.in_proj_bias)
+        # q, k, v: [g·r, heads, P + S, W / heads] each
+        q, k, v = qkv.unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        if block is tower.transformer.resblocks[-1]:  # of the last layer only the ends are read
+            x, mixed = x.gather(1, ends), mixed.gather(1, ends)
+        # ls_1, ls_2: layer scale, where there is one
+        x = x + getattr(block, "ls_1", torch.nn.Identity())(attend.out_proj(mixed))
+        x = x + getattr(block, "ls_2", torch.nn.Identity())(block.mlp(block.ln_2(x)))
+    return tower.ln_final(x).unflatten(0, (g, r))
 
 
-def encode_suffixes(tower: torch.nn.Module, lengths: list[int], x: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
-    """Packed tokens x [g, t, W] of c suffixes of these (sorted) lengths, over the prefix's memory → EOT's [g, c, W]."""
-    runs = [(n, lengths.count(n)) for n in sorted(set(lengths))]
-    last = torch.tensor(lengths, device=x.device).cumsum(0) - 1
-    for layer, block in enumerate(tower.transformer.resblocks):
-        keys, values = memory[2 * layer : 2 * layer + 2]
-        spans = [part.split([n * count for n, count in runs], dim=1) for part in heads(block, x)]
-        parts = [attend(q, k, v, keys, values, n) for q, k, v, (n, _) in zip(*spans, runs)]
-        mixed = torch.cat(parts, dim=1)  # [g, t, W]
-        if layer + 1 == len(tower.transformer.resblocks):
-            x, mixed = x[:, last], mixed[:, last]  # of the last layer only EOT's output is read
-        x = finish_block(block, x, mixed)
-    return tower.ln_final(x)
+# --------------------------------------------------------------------------------------------------
+# 3. IMAGES: each goes through the frozen encoder once; features are cached on disk
+# --------------------------------------------------------------------------------------------------
+def encode_images(
+    clip: Clip,
+    items: list[data.Item],
+    transform: Callable,
+    args: argparse.Namespace,
+    view: int = 0,
+    cache: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`.
 
-
-def attend(q, k, v, keys, values, n: int) -> torch.Tensor:
-    """Attention of c suffixes of n tokens, q, k, v [g, c * n, H, d], to the prefix [g, H, P, d] and themselves."""
-    (g, t, H, d), P = q.shape, keys.shape[2]
-    q, k, v = (part.transpose(1, 2) for part in (q * d**-0.5, k, v))  # [g, H, c·n, d]
-    to_prefix = (q @ keys.transpose(-1, -2)).unflatten(2, (-1, n))  # [g, H, c, n, P]: one product for all classes
-    q, k, v = (part.unflatten(2, (-1, n)) for part in (q, k, v))  # [g, H, c, n, d]
-    future = torch.full((n, n), -math.inf, device=q.device, dtype=q.dtype).triu(1)
-    to_self = q @ k.transpose(-1, -2) + future  # [g, H, c, n, n]
-    weights = torch.cat([to_prefix, to_self], dim=-1).softmax(dim=-1).to(v.dtype)
-    on_prefix, on_self = weights.split([P, n], dim=-1)
-    mixed = on_prefix.flatten(2, 3) @ values + (on_self @ v).flatten(2, 3)  # [g, H, c·n, d]
-    return mixed.transpose(1, 2).reshape(g, t, H * d)
-
-
-def heads(block: torch.nn.Module, x: torch.Tensor):
-    """The first half of a residual attention block: x [g, t, W] → q, k, v, each [g, t, H, W/H]."""
-    qkv = linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-    return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(-3)
-
-
-def finish_block(block: torch.nn.Module, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-    """The second half: output projection and MLP, added to the residual stream (ls_1, ls_2: layer scale, if any)."""
-    scale_1, scale_2 = (getattr(block, name, torch.nn.Identity()) for name in ("ls_1", "ls_2"))
-    x = x + scale_1(linear(mixed, block.attn.out_proj.weight, block.attn.out_proj.bias))
-    y = block.ln_2(x)
-    for layer in block.mlp:  # Linear, activation, Linear
-        y = linear(y, layer.weight, layer.bias) if isinstance(layer, torch.nn.Linear) else layer(y)
-    return x + scale_2(y)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear. WHY a convolution: on the CPU, PyTorch's matrix products are MKL's, which are slow on AMD, and its
-    convolutions oneDNN's, which are not. A 1x1 convolution over the tokens is the same sum, on Zen 5 in half the time.
+    Reads args.seed, workers, device and cache_dir. UserError names every broken image at once.
     """
-    small = x.numel() < 2**15 or weight.numel() < 2**16  # not worth a convolution's set-up
-    if small or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight, bias)
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, W, T, 1]: a column of T pixels of W channels
-    return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
-def activation_bytes(blocks, W: int, grad: bool) -> int:
-    """Bytes a token takes at most, by benchmark/speed.py: 35 W floats a layer for a backward pass, else 40 W."""
-    return 4 * W * (35 * len(blocks) if grad else 40)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Precision, files, several processes (torchrun), output that only the first of them prints
-# ----------------------------------------------------------------------------------------------------------------------
-def autocast(clip: Clip, differentiate: bool = False):
-    """Mixed precision as --precision says. WHY not fp16 with gradients: they underflow; that pass then runs in fp32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(clip.precision)
-    if dtype is None or (differentiate and dtype is torch.float16):
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(clip.device).type, dtype)
-
-
-def versions() -> dict[str, str]:
-    libraries = {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")}
-    return {"python": sys.version.split()[0]} | libraries
-
-
-def start_processes(device: str) -> str:
-    """Join torchrun's process group if there is one, and resolve `auto` → the device of this process."""
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    labels = torch.tensor([label for _, label in items], device=clip.device)
+    path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
+    cache = cache and args.cache_dir != "none"
+    if cache and path.exists():
+        return safetensors.torch.load_file(path, device=clip.device)["features"], labels
+    images = data.ImageSet(items, transform, args.seed, view)
+    batches = [batch.tolist() for batch in torch.arange(len(items)).split(256)]
+    loader = tqdm(
+        data.image_loader(images, batches, args), "encode images", leave=False, disable=None
+    )
+    rows = []
     try:
-        kind = torch.device(device).type
-        if kind not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("this kind of device is not supported")
-        if kind != "cpu" and (torch.device(device).index or 0) >= getattr(torch, kind).device_count():
-            raise RuntimeError(f"no such {kind.upper()} device here")
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; use cpu, cuda, cuda:1 or auto") from error
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if kind == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device
+        with torch.no_grad(), autocast(clip):
+            for batch, _, _ in loader:
+                batch = batch.to(clip.device, non_blocking=True)
+                rows.append(clip.model.encode_image(batch).float())
+    except UserError as error:
+        bad = data.bad_images(items) or [str(error)]
+        raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
+    features = torch.cat(rows)
+    advice = "features that are not finite: try --precision fp32"
+    require(features.isfinite().all(), f"{clip.name} gives {advice}")
+    if cache:
+        write(path, safetensors.torch.save({"features": features.cpu()}))
+    return features, labels
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def feature_key(clip: Clip, items: list, transform: Callable, seed: int, view: int) -> str:
+    """A file name: hash of all that decides features (model, weights, precision, device, versions,
+    transform, draw, and of each file what an exchanged one cannot keep: inode, time of change)."""
+    draw = [seed, view] if transform is not clip.preprocess else []  # the test transform draws none
+    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, versions(), draw]
+    parts += [repr(transform), Path(data.world.__file__).read_text(encoding="utf-8")]
+    for path, _ in items:  # toy images are no files
+        status = os.stat(path) if os.path.exists(path) else os.stat(data.__file__)
+        parts.append([path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns])
+    return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def training_views(args: argparse.Namespace, clip: Clip, items: list[data.Item]) -> Callable:
+    """A function epoch → unit features [N, D], labels [N]: of one view, of V cached views in turn
+    (--views V), or always of a fresh one (--views 0)."""
+    transform = data.train_transform(clip.preprocess, args.augment)
+    views = 1 if args.augment == "none" else args.views
+
+    @functools.lru_cache(maxsize=None if views else 1)
+    def encode(view: int):
+        x, labels = encode_images(clip, items, transform, args, view, cache=views > 0)
+        return F.normalize(x, dim=-1), labels
+
+    return lambda epoch: encode(epoch % views if views else epoch)
 
 
-def broadcast(value):
-    """Rank 0's value, on every rank."""
-    if dist.is_initialized():
-        dist.broadcast_object_list(box := [value], src=0)
-        return box[0]
-    return value
+@dataclasses.dataclass
+class EncodedTest:
+    """A test set, encoded by the frozen CLIP."""
+
+    test: data.Test
+    x: torch.Tensor  # unit features [N, D]
+    labels: torch.Tensor  # [N]
+    zero_shot: torch.Tensor  # logits [N, C]
 
 
-def gather_rows(mine: torch.Tensor, total: int) -> torch.Tensor:
-    """Rank r of K holds rows r, r + K, r + 2K, ... of `total`: all of them, in order, on every rank."""
-    if world_size() == 1:
-        return mine
-    most = -(-total // world_size())
-    padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+def encode_tests(args: argparse.Namespace, clip: Clip, tests: list[data.Test]) -> list[EncodedTest]:
+    """Every test set's features, and zero-shot CLIP's logits."""
+    encoded = []
+    for test in tests:
+        classifier = zero_shot_classifier(clip, test.classnames, [test.template])
+        x, labels = encode_images(clip, test.items, clip.preprocess, args)
+        x = F.normalize(x, dim=-1)
+        encoded.append(EncodedTest(test, x, labels, clip.scale * x @ classifier.T))
+    return encoded
 
 
-def log(text: str) -> None:
-    """A line on stdout."""
-    if rank() == 0:
-        print(text, flush=True)
+# --------------------------------------------------------------------------------------------------
+# 4. NUMBERS
+# --------------------------------------------------------------------------------------------------
+def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """logits [N, C] (or log-probabilities), labels [N] → accuracy (%), mean_class_accuracy (%, mean
+    of the accuracies of the classes that occur), nll (nats), ece (expected calibration error, 15
+    bins, %). FloatingPointError where they are not finite.
 
-
-def progress(iterable, text: str):
-    """A progress bar on stderr, silent when stderr is not a terminal."""
-    return tqdm(iterable, text, leave=False, disable=rank() != 0 or not sys.stderr.isatty())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Numbers: what is measured, the schedule, the guard
-# ----------------------------------------------------------------------------------------------------------------------
-def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict:
-    """logits [N, C] (or log-probabilities), labels [N] → accuracy (percent), nll (nats), ece (15 bins, percent)."""
-    log_prob = logits.float().log_softmax(dim=-1)
+    >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    >>> found = evaluate(logits, torch.tensor([0, 0, 1, 1]))
+    >>> {key: round(value, 2) for key, value in found.items()}
+    {'accuracy': 75.0, 'mean_class_accuracy': 75.0, 'nll': 0.63, 'ece': 13.08}
+    """
+    log_prob = logits.log_softmax(dim=-1)
     confidence, predicted = log_prob.exp().max(dim=-1)
-    right = (predicted == labels).float()
+    right = (predicted == labels).to(confidence)
+    zeros = torch.zeros(logits.shape[1], device=logits.device, dtype=right.dtype)
+    count = zeros.index_add(0, labels, torch.ones_like(right))
+    per_class = zeros.index_add(0, labels, right) / count  # 0 / 0 where there is no image
     bins = (confidence * 15).long().clamp(0, 14)  # bin b holds confidences in [b/15, (b+1)/15)
-    gaps = torch.zeros(15, device=logits.device).index_add_(0, bins, right - confidence)  # a bin's sum of both
-    ece, nll = 100 * gaps.abs().sum().item() / len(labels), F.nll_loss(log_prob, labels).item()
+    gaps = zeros.new_zeros(15).index_add(0, bins, right - confidence)  # a bin's sum of both
+    nll = F.nll_loss(log_prob, labels).item()
     if not math.isfinite(nll):
-        raise FloatingPointError("the predictions are not finite: try a smaller --lr, and check the model's weights")
-    return {"accuracy": 100 * right.mean().item(), "nll": nll, "ece": ece}
+        raise FloatingPointError("the predictions are not finite: try a smaller --lr")
+    return {
+        "accuracy": 100 * right.mean().item(),
+        "mean_class_accuracy": 100 * per_class.nanmean().item(),
+        "nll": nll,
+        "ece": 100 * gaps.abs().sum().item() / len(labels),
+    }
 
 
 def harmonic_mean(a: float, b: float) -> float:
-    """2ab / (a + b), and 0 where either is 0."""
+    """2ab / (a + b), and 0 where both are 0."""
     return 2 * a * b / (a + b) if a + b > 0 else 0.0
 
 
 def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
-    """Rate of epoch e: 1e-5 for e = 0, then lr/2 * (1 + cos(pi (e - 1) / E)), which does not reach 0, as released."""
+    """Rate of epoch e = 0 .. E - 1 as released: 1e-5 for e = 0, then a cosine that does not reach
+    0: lr / 2 · (1 + cos(π (e - 1) / E)).
+
+    >>> [round(warmup_cosine(epoch, 4, 0.002), 5) for epoch in range(4)]
+    [1e-05, 0.002, 0.00171, 0.001]
+    """
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
-def check_finite(epoch: int, step: int, **quantities: torch.Tensor) -> None:
-    """Stop with FloatingPointError, naming the quantity and the step, before a wrong number reaches the parameters."""
-    for name, value in quantities.items():
-        if not value.isfinite().all():
-            where = f"{name} is not finite in epoch {epoch}, step {step}"
-            raise FloatingPointError(f"{where}; the last checkpoint is kept: try a smaller --lr or --precision fp32")
+# --------------------------------------------------------------------------------------------------
+# 5. RUNS: flags, the run folder, results
+# --------------------------------------------------------------------------------------------------
+FLAGS = {
+    "model": {
+        "--model": {"help": "toyclip, an open_clip name such as RN50, or hf-hub:ORG/NAME"},
+        "--pretrained": {"metavar": "W", "help": "an open_clip tag (openai) or a weights file"},
+        "--precision": {
+            "choices": ["fp32", "bf16", "fp16"],
+            "help": "of the frozen towers [bf16 on a GPU, else fp32]",
+        },
+        "--memory-gb": {
+            "type": float,
+            "metavar": "GB",
+            "help": "bound on the text encoder [half of a GPU's, else 4]",
+        },
+    },
+    "optimisation": {
+        "--paper": {"action": "store_true", "help": "the paper's exceptions for single datasets"},
+        "--epochs": {"type": int, "metavar": "E", "help": "passes over the training images"},
+        "--batch-size": {"type": int, "metavar": "B", "help": "images a step"},
+        "--lr": {"type": float, "help": "peak learning rate"},
+        "--augment": {"choices": ["crop", "none", "randaugment"], "help": "of training images"},
+        "--views": {"type": int, "metavar": "V", "help": "cached views in turn; 0: always fresh"},
+        "--max-steps": {"type": int, "metavar": "K", "help": "steps an epoch at most, for trials"},
+        "--eval-every": {"type": int, "metavar": "E", "help": "epochs between validations"},
+    },
+    "run": {
+        "--out-dir": {"metavar": "DIR", "help": "run folder [runs/METHOD-DATASET-SHOTS-SEED]"},
+        "--resume": {"metavar": "RUN", "help": "go on with this run folder, or begin it [no]"},
+        "--eval": {"metavar": "RUN", "help": "evaluate this run on what the data flags say [no]"},
+        "--compare": {"action": argparse.BooleanOptionalAction, "help": "plain baseline, too"},
+        "--device": {"help": "cpu, cuda, cuda:1"},
+        "--workers": {"type": int, "metavar": "K", "help": "processes that decode images"},
+        "--cache-dir": {"metavar": "DIR", "help": "folder of cached image features, or none"},
+    },
+}
+DEFAULTS = {
+    "data_root": "data",
+    "download": False,
+    "shots": 16,
+    "seed": 1,
+    "test_on": [],
+    "test_part": "test",
+    "template": None,
+    "train_domain": None,
+    "test_domain": None,
+    "pretrained": None,
+    "precision": None,
+    "memory_gb": None,
+    "paper": False,
+    "max_steps": 0,
+    "eval_every": 0,
+    "out_dir": None,
+    "resume": None,
+    "eval": None,
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+    "workers": os.cpu_count() or 1,
+    "cache_dir": "cache",
+}
+# How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
+# with --eval, "trained". A typed value must agree, but for "moved" and, with --eval, "tested".
+EARLIER = {
+    "anew": {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"},
+    "trained": {"memory_gb", "precision", "compare", "eval_every"},
+    "moved": {"data_root", "pretrained"},
+    "tested": {"dataset", "shots", "seed", "classes", "test_on", "test_part", "template"}
+    | {"train_domain", "test_domain"},
+}
 
 
-if __name__ == "__main__":
-    import runs  # flags and tables live there
+def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> data.Parser:
+    """A method's own flags, then those of all scripts, each with its default on toy and other data.
 
-    runs.run(runs.zero_shot_table)
+    WHY no default is given to argparse: settle must tell what was typed from what was not.
+    """
+    parser = data.Parser(
+        description=doc.split("\n\n")[0],
+        usage="%(prog)s [flags]",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        allow_abbrev=False,
+    )
+    own = parser.add_argument_group(method)
+    data.add_flags(parser)
+    groups = {name: parser.add_argument_group(name) for name in FLAGS}
+    kinds = [DEFAULTS | defaults({"dataset": name}) for name in ("toy_", "dtd")]
+    for name, flags in {method: own_flags, **FLAGS}.items():
+        for option, details in flags.items():
+            groups.get(name, own).add_argument(option, **details)
+    for action in parser._actions:
+        if action.dest in kinds[0] and not action.help.endswith("]"):
+            toy, other = (str(kind.get(action.dest) or "none") for kind in kinds)
+            action.help += f" [{toy}]" if toy == other else f" [toy {toy}, else {other}]"
+    return parser
+
+
+def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argparse.Namespace:
+    """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
+    this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used."""
+    typed = vars(parser.parse_args(argv))
+    for key in {"data_root", "cache_dir", "out_dir", "resume", "eval", "pretrained"} & typed.keys():
+        typed[key] = os.path.expanduser(typed[key])
+        folder = key == "pretrained" or not Path(typed[key]).is_file()
+        require(folder, f"{flag(key)} {typed[key]} is a file: name a folder")
+    twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
+    require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
+    stored = stored_settings(typed, method)
+    first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
+    args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
+    for key in stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set()):
+        made = f"{args.resume or args.eval} was made with {flag(key)} {stored[key]}"
+        require(vars(args)[key] == stored[key], f"{made}: leave {flag(key)} out")
+    data.check_ranges(args)
+    settle_device(args)
+    return args
+
+
+def stored_settings(typed: dict, method: str) -> dict:
+    """The settings of the run that --resume goes on with or --eval evaluates; {} without one."""
+    folder = typed.get("resume") or typed.get("eval")
+    if folder is None or ("resume" in typed and not Path(folder, "config.json").exists()):
+        return {}
+    settings, config = read_run(folder)
+    text = f"{folder} is of {config['method']}.py" + ", an evaluation" * bool(settings["eval"])
+    require(config["method"] == method and not settings["eval"], f"{text}: name a trained run")
+    unread = EARLIER["anew"] | (EARLIER["trained"] if "eval" in typed else set())
+    if typed.get("dataset", settings["dataset"]) != settings["dataset"]:
+        unread = unread | {"train_domain", "test_domain"}
+    return {key: value for key, value in settings.items() if key not in unread}
+
+
+def read_run(folder: str | Path) -> tuple[dict, dict]:
+    """The settings of a run folder, and all of its config.json."""
+    path = Path(folder, "config.json")
+    require(path.exists(), f"{folder} is no run folder: there is no {path}")
+    config = read_json(path)
+    return config["settings"], config
+
+
+def settle_device(args: argparse.Namespace) -> None:
+    """Is there such a device? And fill in --precision and --memory-gb for it."""
+    known = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    known += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    require(args.device in known, f"--device {args.device}: here it can be {', '.join(known)}")
+    cuda = args.device != "cpu"
+    require(cuda or args.precision != "fp16", "--precision fp16 is for GPUs: use fp32 or bf16")
+    half = "bf16" if cuda and torch.cuda.is_bf16_supported(False) else "fp16"
+    args.precision = args.precision or (half if cuda else "fp32")
+    # Of the total memory, not of what is free: the size of pieces changes the last bits.
+    total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 8e9
+    args.memory_gb = args.memory_gb or total / 2e9
+
+
+def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) -> Path:
+    """Make or find the run folder, write config.json, print what is done on what."""
+    config = {
+        "method": args.method,
+        "settings": vars(args),
+        "weights": clip.weights,
+        "classnames": task.classnames,
+        "template": task.template,
+        "split": task.split,
+        "train": task.lines,
+    }
+    earlier = args.eval or args.resume
+    if earlier and Path(earlier, "config.json").exists():
+        compare_runs(read_run(earlier)[1], config, task, earlier)
+    out = claim_folder(args)
+    write(out / "config.json", json.dumps(config, indent=1).encode())
+    shots = "all images" if args.shots == "all" else f"{args.shots} shots"
+    tests = [f"{len(test.items)} {test_label(test, task.name)}" for test in task.tests]
+    tests = ", ".join(tests if len(tests) <= 4 else [*tests[:3], f"{len(tests) - 3} more sets"])
+    notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes: see result.json"]
+    print(
+        f"{title} on {task.name}: {len(task.classnames)} classes, {task.template!r}",
+        f"model: {clip.name}, {Path(clip.pretrained).name}, {clip.precision} on {clip.device}",
+        f"data: {len(task.train)} training images ({shots}, seed {args.seed}); test: {tests}",
+        *(f"note: {note}" for note in notes),
+        sep="\n",
+    )
+    return out
+
+
+def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
+    """config.json of a run, and what is there now. A run goes on with the classes and images that
+    it began with, or not at all; an evaluation notes test images that were trained on."""
+    same = old["weights"] == new["weights"]
+    require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
+    if new["settings"]["eval"]:
+        seen = data.trained_on(task, old["train"]) if old["settings"]["dataset"] == task.name else 0
+        task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
+        return
+    for key, what in (("classnames", "class names"), ("train", "training images")):
+        changed = sorted(set(old[key]) ^ set(new[key])) or ["their order"]
+        begun = f"{folder} was begun with other {what} (see {changed[0]!r})"
+        require(old[key] == new[key], f"{begun}: restore them, or train anew in another folder")
+
+
+def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
+    """The run's folder. Runs that start at the same moment get different ones: mkdir decides."""
+    if args.resume or args.out_dir:
+        out = Path(args.resume or args.out_dir)
+        free = args.resume or not (out / "config.json").exists()
+        require(free, f"{out} holds a run: name another --out-dir, or --resume {out}")
+        return out
+    name = Path(args.dataset).name.replace(":", "-")
+    out = Path("runs", f"{args.method}-{name}-{args.shots}shot-seed{args.seed}" + f"-{k}" * (k > 1))
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        return claim_folder(args, k + 1)
+    return out
+
+
+def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
+    """checkpoint.safetensors: what is learned as model/NAME, the optimiser's state as
+    optimizer/I/NAME, and a note (epoch, class names, ...) as JSON."""
+    tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
+        tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    content = safetensors.torch.save(tensors, {"note": json.dumps(note)})
+    write(out / "checkpoint.safetensors", content)
+
+
+def read_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a run's checkpoint, and its note."""
+    path = Path(folder, "checkpoint.safetensors")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return tensors, json.loads(file.metadata()["note"])
+    except Exception as error:  # there is none yet, or it is a foreign or damaged file
+        raise UserError(f"{path} cannot be read: {in_one_line(error)}") from error
+
+
+def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
+    """Put a run's checkpoint into module and optimiser, which must fit it → its note."""
+    tensors, note = read_checkpoint(folder)
+    learned = {key[6:]: value for key, value in tensors.items() if key.startswith("model/")}
+    load_tensors(module, learned, f"{folder}: its checkpoint does not fit these flags")
+    states = {}
+    for key in tensors.keys() - {f"model/{key}" for key in learned}:
+        _, i, name = key.split("/")
+        states.setdefault(int(i), {})[name] = tensors[key]
+    if optimizer:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+    return note
+
+
+def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the folder's checkpoint, if there is one → the epoch to go on with."""
+    path = out / "checkpoint.safetensors"
+    return load_checkpoint(out, module, optimizer)["epoch"] if path.exists() else 0
+
+
+def end_epoch(
+    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, **note
+) -> None:
+    """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite.
+
+    line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
+    """
+    line = {name: float(value) for name, value in line.items()}
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    bad += [name for name, value in module.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        text = f"{bad[0]} is not finite in epoch {epoch + 1}"
+        raise FloatingPointError(f"{text}; the last good checkpoint stays: try a smaller --lr")
+    save_checkpoint(out, module, optimizer, epoch=epoch + 1, **note)
+    lines = [*read_metrics(out)[:epoch], json.dumps({"epoch": epoch, **line})]
+    write(out / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def read_metrics(out: Path) -> list[str]:
+    """The lines of metrics.jsonl; after a kill the last may be of an epoch that is done again."""
+    path = out / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
+    return {name: version(name) for name in names}
+
+
+def write_result(
+    out: Path,
+    args: argparse.Namespace,
+    task: data.Task,
+    encoded: list[EncodedTest],
+    found: list[dict],
+    seconds: float,
+    baseline: dict | None = None,
+) -> dict:
+    """predictions.npz and result.json → the result.
+
+    found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and "arrays" of [N], where
+    there are any. `baseline` is the result of the plain method's run.
+    """
+    tests, arrays = [], {}
+    for i, (frozen, row) in enumerate(zip(encoded, found, strict=True)):
+        test, labels = frozen.test, frozen.labels
+        entry = {
+            "dataset": test.name,
+            "domain": test.domain,
+            "classes": test.classes,
+            "n": len(labels),
+            "template": test.template,
+            "zero_shot": evaluate(frozen.zero_shot, labels),
+            "baseline": baseline and baseline["tests"][i]["tuned"],
+            "tuned": evaluate(row["tuned"], labels),
+            "extra": row.get("extra", {}),
+        }
+        tests.append(entry)
+        kept = {"zero_shot": probabilities(frozen.zero_shot), "tuned": probabilities(row["tuned"])}
+        kept |= {"labels": labels, **row.get("arrays", {})}
+        arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write(out / "predictions.npz", buffer.getbuffer())
+    result = {
+        "method": args.method,
+        "settings": vars(args),
+        "tests": tests,
+        "harmonic_mean": harmonic_means(tests),
+        "split": task.split,
+        "seconds": round(seconds, 2),
+        "versions": versions(),
+        "notes": task.notes,
+    }
+    write(out / "result.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes 0, so that
+    predictions of a thousand classes compress well."""
+    found = torch.cat([part.softmax(dim=-1).half() for part in logits.split(4096)])
+    return found.masked_fill_(found < torch.finfo(torch.float16).tiny, 0)
+
+
+def harmonic_means(tests: list[dict]) -> dict[str, float]:
+    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
+    {} if there is neither. Other datasets (--test-on) do not count."""
+    others = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
+    new = [test for test in others if test["classes"] == "new" and not test["domain"]]
+    others = new or [test for test in others if test["domain"]]
+    means = {}
+    for column, first in measures(tests[0]).items() if others else ():
+        mean = sum(measures(test)[column]["accuracy"] for test in others) / len(others)
+        means[column] = harmonic_mean(first["accuracy"], mean)
+    return means
+
+
+def measures(test: dict) -> dict[str, dict[str, float]]:
+    """{column: accuracy, nll, ...} of a test: zero_shot, baseline, tuned, and those in "extra"."""
+    kinds = {key: test[key] for key in ("zero_shot", "baseline", "tuned") if test[key]}
+    return kinds | test["extra"]
+
+
+def test_label(test: data.Test, dataset: str) -> str:
+    """What a test set is called in a run of `dataset`."""
+    words = [test.name if test.name != dataset else "", test.domain]
+    words += [test.classes] if test.classes != "all" or not any(words) else []
+    return " ".join(filter(None, words))
+
+
+def report(result: dict, tests: list[data.Test], out: Path, baseline: str, method: str) -> None:
+    """Print the run's one table; `baseline` and `method` are names."""
+    titles = {"zero_shot": "zero-shot", "baseline": baseline, "tuned": method}
+    columns = measures(result["tests"][0])
+    rows = [["", "images", "", *(titles.get(key, key.replace("_", " ")) for key in columns)]]
+    for test, entry in zip(tests, result["tests"]):
+        found = measures(entry).values()
+        kinds = {"accuracy": "accuracy %", "nll": "NLL nats", "ece": "ECE %"}
+        if any(abs(m["accuracy"] - m["mean_class_accuracy"]) >= 0.1 for m in found):
+            kinds["mean_class_accuracy"] = "class mean %"
+        head = [test_label(test, tests[0].name), str(entry["n"])]
+        for kind, title in kinds.items():
+            cells = [f"{m[kind]:.3f}" if kind == "nll" else f"{m[kind]:.1f}" for m in found]
+            rows.append([*(head if kind == "accuracy" else ["", ""]), title, *cells])
+    means = [f"{h:.1f}" for h in result["harmonic_mean"].values()]
+    rows += [["H", "", "accuracy %", *means]] if means else []
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    photos = f"python tools/use.py predict {out} IMAGE"
+    hint = "the same with --seed 2" if tests[0].name in data.world.TASKS else photos
+    print(f"written to {out}", f"try next: {hint}", sep="\n")

@@ -1,49 +1,62 @@
 """ProReg: prompt regularisation for fine-tuning CLIP (Zhu et al., AAAI 2023, arXiv 2301.12429).
 
-The idea. Fine-tuning CLIP's image encoder raises the accuracy on images like the training images, and lowers it
-elsewhere: where all cows stand on grass, grass becomes a cow. The zero-shot prompt "a photo of a CLASS." knows better,
-but is too generic for a special task. ProReg fine-tunes towards both the label and the zero-shot prediction, and mixes
-them sample by sample: more of the prompt where it is right and sure, less where the tuned model is sure already.
+The idea. Fine-tuning CLIP's image encoder raises the accuracy on images like the training images,
+and lowers it elsewhere: where all cows stand on grass, grass becomes a cow. The zero-shot prompt "a
+photo of a CLASS." knows better, but is too generic for a special task. ProReg fine-tunes towards
+both the label and the zero-shot prediction, and mixes them sample by sample: more of the prompt
+where it is sure of the label and right, less where the tuned model is sure of the label already.
 
-Equations (the numbers are this file's own: the paper could not be read in full)
-    Eq. 1   p(c | x) = softmax over c of exp(σ) cos(f(x), t_c);  at the start CLIP's f, σ and t_c = T("a photo of a c.")
-    Eq. 2   L_ce = -log p(y | x)                                                          the label's loss
-    Eq. 3   L_kl = -T^2 sum_c p_zs(c | x) log p(c | x), both at temperature T             zero-shot CLIP's loss
-    Eq. 4   w = p_zs(y | x)^k / (p(y | x) + p_zs(y | x)^k + 1e-5), no gradient through w  trust in the prompt
-    Eq. 5   L = mean of (1 - w) L_ce + α mean of w L_kl                                   --loss proreg
-    Eq. 6   L = (1 - α) mean of L_ce + α mean of L_kl                                     --loss kd: one weight for all
-    Eq. 7   (f, t, σ) <- AdamW, at a rate that rises linearly from 0 and then falls linearly to 0
-    Eq. 8   logits: (1 - A) of the tuned model's + A of zero-shot CLIP's                  --ensemble A
-    Eq. 9   f, t, σ: (1 - A) of the tuned ones + A of those at the start                  --wise-ft A
+Equations (numbered by this file: the paper could not be read in full)
+    Eq. 1   p(c | x) = softmax over c of s cos(f(x), t_c)                        the tuned CLIP
+            at the start CLIP's own f and s, and t_c = the text feature of "a photo of a c."
+    Eq. 2   L_ce = -log p(y | x)                                                 the label's loss
+    Eq. 3   L_kl = -T² sum_c p_zs(c | x) log p(c | x), both at temperature T     zero-shot's loss
+    Eq. 4   w = p_zs(y | x)^k / (p(y | x) + p_zs(y | x)^k + 1e-5)                trust in the prompt
+            no gradient flows through w. It is 0.5 where both are sure of the label, 1 where only
+            the prompt is, 0 where only the tuned model is
+    Eq. 5   L = mean of (1 - w) L_ce + α mean of w L_kl                          --loss proreg
+    Eq. 6   L = (1 - α) mean of L_ce + α mean of L_kl                            --loss kd
+    Eq. 7   f, t, log s <- AdamW, at a rate that rises linearly from 0, then falls linearly to 0
+    Eq. 8   logits: (1 - A) of the tuned model's + A of zero-shot CLIP's         --ensemble A
+    Eq. 9   f, t, log s: (1 - A) of the tuned ones + A of those at the start     --wise-ft A
 
     paper        here                                shape            flag
     f            PromptedClassifier.visual           a tower          --model --pretrained --train
-    t, σ         .text_features, .logit_scale        [C, D], number   --template --head --head-lr-factor
-    p_zs         softmax of zs_logits                [B, C]           as f, t, σ, frozen at the start
-    w, k         adaptive_weight, power              [B], number      --power (10 as released, 1 = the plain ratio)
+    t, log s     .text_features, .logit_scale        [C, D], number   --template --head
+    p_zs         softmax of zs_logits                [B, C]           f, t, s frozen at the start
+    w, k         adaptive_weight, power              [B], number      --power (10 as released)
     α, T         alpha, T                            numbers          --alpha --temperature
 
-Learned: the image encoder and the classifier. Frozen: the teacher, a second image encoder (one forward pass a step, or
-in all without augmentation); the text encoder makes t and is done. Where it lies: between zero-shot CLIP (weak in-
-distribution, ID; decent elsewhere, OOD) and fine-tuning (the reverse), at a point that α and k choose. So do KD with
-one weight, logit ensembles and WiSE-FT: compare at equal ID accuracy. It helps where training images hold a shortcut
-that the prompt does not take, not where zero-shot CLIP is wrong throughout. k = 10 and a prompt that is seldom sure
-(low logit scale, as toyclip's 21) leave w near 0: plain fine-tuning. α is a factor in Eq. 5, a share in Eq. 6.
+Learned: the image encoder and the classifier. Frozen: the teacher, a second image encoder, which
+sees the same augmented view of each image (one forward pass a step; without augmentation one in
+all); the text encoder makes t and is done. Where it lies: between zero-shot CLIP (weak on images
+like the training images, in-distribution or ID; decent elsewhere, OOD) and fine-tuning (the
+reverse), at a point that α and k choose. So do KD with one weight, logit ensembles and WiSE-FT:
+compare at equal ID accuracy. It helps where training images hold a shortcut that the prompt does
+not take, not where zero-shot CLIP is wrong throughout. k = 10 and a prompt that is seldom sure (low
+logit scale, as toyclip's 21) leave w near 0: plain fine-tuning. α is a factor in Eq. 5, a share in
+Eq. 6.
 
-PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/ProReg at 102ff0b, is followed)
- 1. k = 10 in the code; commented out are k = 1 and a ratio of losses. The paper's own weight was not seen.
- 2. No weight decay on biases. Of layer norms the code names another model's, so CLIP's are decayed, as t and σ are.
- 3. AdamW is PyTorch's, not that of `transformers`; RandAugment(2, 9) is torchvision's, with other operations.
- 4. The partial last batch is kept, averaged over its own size; of K processes and accumulated parts the code averages
-    means of unequal parts, here they learn what one process would.
- 5. The code keeps the epoch that is best on validation images (for BAR and DomainNet the ID test images), looked at
-    twice an epoch. Here the last step is reported; --select val looks at the validation part after every epoch.
- 6. A `_` in a class name is a blank here; the code leaves it. VQA-CP (ViLT) is not in the code and out of scope here.
- 7. Batch norm (RN50, toyclip) keeps CLIP's running statistics; its scale and shift are tuned. A batch's statistics
-    would change all predictions before the first step, and forget what pretraining saw. --train-bn learns new ones.
+PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/ProReg at 102ff0b, is
+followed)
+ 1. k = 10 in the code; commented out are k = 1 and a ratio of losses. The paper's own weight was
+    not seen.
+ 2. No weight decay on biases. Of layer norms the code names another model's, so CLIP's are decayed,
+    as t and log s are.
+ 3. AdamW is PyTorch's, not that of `transformers`; RandAugment(2, 9) is torchvision's, with other
+    operations.
+ 4. The partial last batch is kept, averaged over its own size. The code averages the means of parts
+    (of processes and of --accumulate) even where these have different sizes; here parts are
+    weighted, so that they learn what one batch would.
+ 5. The code keeps the epoch that is best on validation images (for BAR and DomainNet the ID test
+    images), looked at twice an epoch. Here the last step is reported; --select val looks at the
+    validation part after every epoch.
+ 6. A `_` in a class name is a blank here; the code leaves it.
+ 7. Batch norm (RN50, toyclip) keeps CLIP's running statistics; its scale and shift are tuned.
+ 8. The paper's experiment on VQA-CP (with ViLT) is not in the code and not here.
 
-    python proreg.py                                                  # toy world and toy CLIP: a minute on a laptop
-    python proreg.py --dataset pacs --test-domain sketch --paper      # the released protocol, ViT-B/32
+    python proreg.py                                                   # toy world, toy CLIP
+    python proreg.py --dataset pacs --test-domain sketch --paper       # the released protocol
     python proreg.py --dataset nico_animal --paper --ensemble 0.5 --wise-ft 0.3 0.5 0.7
     torchrun --nproc-per-node 4 proreg.py --dataset domainnet --paper --workers 4
 """
@@ -51,400 +64,580 @@ PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Pr
 import argparse
 import copy
 import dataclasses
-import shutil
+import json
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import common
 import data
-import runs
-import vision
-from common import Clip
-from data import UserError
+from common import Clip, require
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. METHOD: the functions that are the paper. Tensors and numbers in, tensors out; paste this section anywhere.
-# ----------------------------------------------------------------------------------------------------------------------
-def adaptive_weight(logits, zs_logits, labels, power: float = 10.0) -> torch.Tensor:
-    """Trust in the zero-shot prompt, sample by sample (Eq. 4). logits, zs_logits [B, C], labels [B] → [B] in [0, 1).
+# --------------------------------------------------------------------------------------------------
+# 1. METHOD: the functions that are the paper. Tensors and numbers in, tensors out; torch only:
+#    paste this section anywhere.
+# --------------------------------------------------------------------------------------------------
+def adaptive_weight(
+    logits: torch.Tensor, zs_logits: torch.Tensor, labels: torch.Tensor, power: float = 10.0
+) -> torch.Tensor:
+    """Trust in the zero-shot prompt, sample by sample (Eq. 4). logits, zs_logits [B, C], labels [B]
+    → [B] in [0, 1).
 
-    WHY log space: probabilities of 0 and 1 are usual here, and p^10 leaves float32's range below p = 1e-4.
-    WHY no gradient: through w the model could lower its loss by being less sure of the label.
+    WHY log space: probabilities of 0 and 1 are usual here, and p^10 leaves float32's range below
+    p = 1e-4. WHY no gradient: through w the model could lower its loss by being less sure of the
+    label.
+
+    >>> sure, wrong = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
+    >>> label = torch.tensor([0])
+    >>> adaptive_weight(sure, sure, label), adaptive_weight(wrong, sure, label)
+    (tensor([0.5000]), tensor([1.0000]))
     """
     with torch.no_grad():
-        log_p = logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]  # [B], of the label
-        log_zs = power * zs_logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+        log_p = -label_losses(logits, labels)  # [B]
+        log_zs = -power * label_losses(zs_logits, labels)
         # Eq. 4: w = p_zs^k / ( p + p_zs^k + 1e-5 )
-        return (log_zs - torch.stack([log_p, log_zs, torch.full_like(log_p, 1e-5).log()]).logsumexp(dim=0)).exp()
+        terms = torch.stack([log_p, log_zs, torch.full_like(log_p, 1e-5).log()])
+        return (log_zs - terms.logsumexp(dim=0)).exp()
 
 
-# same in prograd.py
-def distillation_loss(logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 1.0) -> torch.Tensor:
-    """Soft cross-entropy from the zero-shot prediction, times T² (Eq. 3). logits, zs_logits [B, C] → scalar, nats.
+def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each sample (Eq. 2). logits [B, C], labels [B] → [B], nats.
 
-    WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size comparable when T changes.
+    >>> label_losses(torch.zeros(1, 2), torch.tensor([0]))  # ln 2
+    tensor([0.6931])
+    """
+    # Eq. 2: L_ce = -log p(y)
+    return -logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+
+
+def distillation_losses(
+    logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy from the zero-shot prediction, times T², of each sample (Eq. 3). logits,
+    zs_logits [B, C] → [B], nats.
+
+    WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size
+    comparable when T changes.
+
+    >>> distillation_losses(torch.zeros(1, 2), torch.tensor([[50.0, 0.0]]))  # a sure prompt: ln 2
+    tensor([0.6931])
     """
     p_zs = (zs_logits / T).softmax(dim=-1)  # [B, C]
-    # Eq. 3: L_kl = mean( -T² · sum_c p_zs · log p )
-    return -(p_zs * (logits / T).log_softmax(dim=-1)).sum(dim=-1).mean() * T**2
+    log_p = (logits / T).log_softmax(dim=-1)
+    # Eq. 3: L_kl = -T² · sum_c p_zs · log p
+    return -(p_zs * log_p).sum(dim=-1) * T**2
 
 
-def fixed_kd_loss(logits, zs_logits, labels, alpha: float, T: float = 1.0) -> torch.Tensor:
-    """Both losses at one weight for all samples (Eq. 6). logits, zs_logits [B, C], labels [B] → scalar, nats."""
-    loss_ce = -logits.log_softmax(dim=-1).gather(1, labels[:, None]).mean()
+def distillation_loss(
+    logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 1.0
+) -> torch.Tensor:
+    """The mean of Eq. 3 over the batch, as in prograd.py. logits, zs_logits [B, C] → scalar, nats.
+
+    >>> distillation_loss(torch.zeros(2, 2), torch.zeros(2, 2))
+    tensor(0.6931)
+    """
+    return distillation_losses(logits, zs_logits, T).mean()
+
+
+def fixed_kd_loss(
+    logits: torch.Tensor,
+    zs_logits: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float,
+    T: float = 1.0,
+) -> torch.Tensor:
+    """Both losses at one weight for all samples (Eq. 6). logits, zs_logits [B, C], labels [B] →
+    scalar, nats.
+
+    >>> sure = torch.tensor([[50.0, 0.0]])
+    >>> fixed_kd_loss(sure, -sure, torch.tensor([0]), alpha=0.5)  # label fits, prompt does not
+    tensor(25.)
+    """
+    loss_ce = label_losses(logits, labels).mean()
     # Eq. 6: L = (1 - α) · mean( L_ce ) + α · mean( L_kl )
     return (1 - alpha) * loss_ce + alpha * distillation_loss(logits, zs_logits, T)
 
 
-def proreg_loss(logits, zs_logits, labels, alpha: float = 1.0, power: float = 10.0, T: float = 1.0) -> torch.Tensor:
-    """Both losses, weighted sample by sample (Eq. 5). logits, zs_logits [B, C], labels [B] → scalar, nats."""
+def proreg_loss(
+    logits: torch.Tensor,
+    zs_logits: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float = 1.0,
+    power: float = 10.0,
+    T: float = 1.0,
+) -> torch.Tensor:
+    """Both losses, weighted sample by sample (Eq. 5). logits, zs_logits [B, C], labels [B] →
+    scalar, nats.
+
+    >>> sure = torch.tensor([[50.0, 0.0]])
+    >>> proreg_loss(sure, -sure, torch.tensor([0]))  # the prompt is wrong: w = 0, the label counts
+    tensor(0.)
+    """
     w = adaptive_weight(logits, zs_logits, labels, power)  # [B]
-    loss_ce = -logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]  # [B], Eq. 2
-    p_zs = (zs_logits / T).softmax(dim=-1)  # [B, C]
-    loss_kl = -(p_zs * (logits / T).log_softmax(dim=-1)).sum(dim=-1) * T**2  # [B], Eq. 3
+    loss_ce = label_losses(logits, labels)
+    loss_kl = distillation_losses(logits, zs_logits, T)
     # Eq. 5: L = mean( (1 - w) · L_ce ) + α · mean( w · L_kl )
     return ((1 - w) * loss_ce).mean() + alpha * (w * loss_kl).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. MODEL: CLIP's image encoder, and a classifier that starts as the zero-shot prompt
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class PromptedClassifier(nn.Module):
-    """A copy of CLIP's image encoder and, of the text side, only the features of the training classes' prompts.
+    """A copy of CLIP's image encoder and, of the text side, only the features of the training
+    classes' prompts.
 
-    text [C, D] is unnormalised, as released. WHY that matters: Adam's steps have one size, so the length of a row sets
-    how fast it turns. head "mlp": two layers from a random start in its place, the promptless baseline.
+    text_features [C, D] stay unnormalised, as released. WHY that matters: Adam's steps have one
+    size, so the length of a row sets how fast it turns. head "mlp": two layers from a random start
+    in their place, the papers' ordinary fine-tuning without a prompt.
     """
 
-    def __init__(self, clip: Clip, classnames: list[str], text: torch.Tensor, head: str = "text", seed: int = 1):
+    def __init__(
+        self, clip: Clip, classnames: list[str], template: str, head: str = "text", seed: int = 1
+    ):
         super().__init__()
-        self.visual = copy.deepcopy(vision.hasten(clip.model.visual)).requires_grad_(True)
-        self.classnames, self.cls_head = classnames, None  # the names of the classifier's rows
+        self.visual = copy.deepcopy(clip.model.visual).requires_grad_(True)
+        self.classnames = classnames  # of the classifier's rows
+        self.template = template
+        self.cls_head = None
+        text = common.prompt_features(clip, classnames, template)  # [C, D]
         if head == "text":
             self.text_features = nn.Parameter(text.clone())  # [C, D]
-            self.logit_scale = nn.Parameter(clip.model.logit_scale.detach().clone())  # σ, a logarithm
-        else:
-            (C, D), draw = text.shape, data.generator(seed, "mlp head")
-            layers = [nn.Linear(D, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), nn.Linear(2 * D, C)]
-            for layer in (layers[0], layers[3]):
-                nn.init.normal_(layer.weight, std=0.02, generator=draw)
-                nn.init.zeros_(layer.bias)
-            self.cls_head = nn.Sequential(*layers).to(text)
+            self.logit_scale = nn.Parameter(clip.model.logit_scale.detach().clone())  # log s
+            return
+        C, D = text.shape
+        layers = [nn.Linear(D, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), nn.Linear(2 * D, C)]
+        draw = data.generator(seed, "mlp head")
+        for layer in (layers[0], layers[3]):
+            nn.init.normal_(layer.weight, std=0.02, generator=draw)
+            nn.init.zeros_(layer.bias)
+        self.cls_head = nn.Sequential(*layers).to(text)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        return self.visual(images)  # [B, 3, H, W] → [B, D], unnormalised
+        """[B, 3, H, W] → [B, D], unnormalised."""
+        return self.visual(images)
 
     def forward(self, features: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
-        """Features [B, D] → logits [B, C] by the learned classifier or other `text` [C, D]; fp32, outside autocast."""
+        """Image features [B, D] → logits [B, C] by the learned classifier, or by other `text`
+        [C, D]. Call it outside autocast."""
         if self.cls_head is not None:
             return self.cls_head(features.to(self.cls_head[0].weight))  # unnormalised, as released
         text = self.text_features if text is None else text
-        # Eq. 1: logits = exp(σ) · cos(f(x), t)
-        return self.logit_scale.exp() * F.normalize(features.to(text), dim=-1) @ F.normalize(text, dim=-1).T
+        x = F.normalize(features.to(text), dim=-1)
+        # Eq. 1: logits = s · cos(f(x), t)
+        return self.logit_scale.exp() * x @ F.normalize(text, dim=-1).T
 
 
-@torch.no_grad()
-def prompt_features(clip: Clip, classnames: list[str], template: str) -> torch.Tensor:
-    """Text features [C, D] of the zero-shot prompts, unnormalised."""
-    rows = [common.token_ids(clip, template.replace("{}", name), clip.context_length - 1) for name in classnames]
-    return common.encode_prompts(clip, common.start_of_text(clip), *common.embed(clip, rows))[0]
-
-
-def parameter_groups(learner: PromptedClassifier, lr: float, factor: float, weight_decay: float) -> list[dict]:
-    """AdamW's groups as released: the head at `factor` times the rate; no decay on the names of its list."""
+def parameter_groups(
+    learner: PromptedClassifier, lr: float, factor: float, weight_decay: float
+) -> list[dict]:
+    """AdamW's groups as released: the head at `factor` times the rate; no decay on what its list
+    names. "peak" is the rate that warmup_linear's share is of."""
     groups = {}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
-            head = any(part in name for part in ("text_features", "logit_scale", "cls_head"))
-            exempt = any(part in name for part in ("bias", "norm.weight", "norm1.weight", "norm2.weight"))
-            peak, decay = lr * factor if head else lr, 0.0 if exempt else weight_decay
-            groups.setdefault((peak, decay), {"params": [], "peak": peak, "weight_decay": decay})
-            groups[peak, decay]["params"].append(parameter)
+            head = not name.startswith("visual.")
+            exempt = ("bias", "norm.weight", "norm1.weight", "norm2.weight")
+            decay = 0.0 if any(part in name for part in exempt) else weight_decay
+            peak = lr * factor if head else lr
+            group = {"params": [], "peak": peak, "weight_decay": decay}
+            groups.setdefault((peak, decay), group)["params"].append(parameter)
     return list(groups.values())
 
 
 def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
-    """The rate of step 0 .. steps - 1, as a part of its peak: from 0 up over the first steps, then down towards 0."""
+    """The rate of step 0 .. steps - 1, as a share of its peak: from 0 up over the first steps, then
+    down towards 0.
+
+    >>> [round(warmup_linear(step, 10, 0.2), 3) for step in (0, 1, 2, 9)]
+    [0.0, 0.5, 1.0, 0.125]
+    """
     rising = int(steps * warmup)
-    return step / rising if step < rising else (steps - step) / max(1, steps - rising)
+    if step < rising:
+        return step / rising
+    return (steps - step) / max(1, steps - rising)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. FLAGS
-# ----------------------------------------------------------------------------------------------------------------------
-METHOD = {"loss": "proreg", "temperature": 1.0, "head": "text", "train": "all", "train_bn": False, "select": "last",
-          "shots": "all", "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0.1, "accumulate": 1, "views": 0,
-          "ensemble": [], "wise_ft": []}  # fmt: skip
-DEFAULTS = {
-    "toy": METHOD | {"dataset": "toy_shapes_biased", "model": "toyclip", "lr": 1e-3, "head_lr_factor": 1.0,
-                     "batch_size": 64, "epochs": 8, "augment": "none", "power": 1.0, "compare": True},
-    "paper": METHOD | {"model": "ViT-B-32", "pretrained": "openai", "lr": 1e-5, "head_lr_factor": 100.0,
-                       "batch_size": 256, "epochs": 10, "augment": "randaugment", "power": 10.0, "compare": False},
-    "fixed": {"head"},  # a checkpoint cannot be read with another value of it
-}  # fmt: skip
-# WHY k = 1 and a larger α on toy data: toyclip's logit scale is 21 and not CLIP's 100. Its prompt is seldom sure of a
-# label, so that p_zs^10 is nearly 0 (plain fine-tuning); α = 4 is the best H on validation images, by a little.
-ALPHA = {"proreg": {"toy": 4.0, "paper": 2.0, "bar": 1.0, "nico_vehicle": 1.5}, "ce": {"toy": 0.0, "paper": 0.0},
-         "kd": {"toy": 0.5, "paper": 0.5, "nico_animal": 0.9}}  # fmt: skip
+# --------------------------------------------------------------------------------------------------
+SETTINGS = {
+    "loss": "proreg",
+    "classes": "all",
+    "temperature": 1.0,
+    "head": "text",
+    "train": "all",
+    "select": "last",
+    "shots": "all",
+    "betas": [0.9, 0.98],
+    "weight_decay": 0.01,
+    "warmup": 0.1,
+    "accumulate": 1,
+    "views": 0,
+    "ensemble": [],
+    "wise_ft": [],
+}
+# WHY k = 1 on toy data: toyclip's logit scale is 21 and not CLIP's 100. Its prompt is seldom sure
+# of a label, so that p_zs^10 is nearly 0, which is plain fine-tuning.
+TOY = SETTINGS | {
+    "dataset": "toy_shapes_biased",
+    "model": "toyclip",
+    "lr": 3e-4,
+    "head_lr_factor": 1.0,
+    "batch_size": 64,
+    "epochs": 8,
+    "augment": "none",
+    "power": 1.0,
+    "compare": True,
+}
+PAPER = SETTINGS | {
+    "model": "ViT-B-32",
+    "pretrained": "openai",
+    "lr": 1e-5,
+    "head_lr_factor": 100.0,
+    "batch_size": 256,
+    "epochs": 10,
+    "augment": "randaugment",
+    "power": 10.0,
+    "compare": False,
+}
+ALPHA = {"proreg": 2.0, "kd": 0.5, "ce": 0.0}
+EXCEPTIONS = {  # α of the released configuration files
+    "proreg": {"bar": 1.0, "nico_vehicle": 1.5},
+    "kd": {"nico_animal": 0.9},
+    "ce": {},
+}
 
 
-def paper_exceptions(settings: dict) -> dict:
-    """--paper: α of the released configuration files where a dataset has its own; all others have the default's."""
-    alphas, dataset = ALPHA[settings["loss"]], settings["dataset"]
-    return {"alpha": alphas[dataset]} if dataset in alphas else {}
+def defaults(run: dict) -> dict:
+    """The settings of a run on this dataset with this loss, where no flag says otherwise."""
+    loss = run.get("loss", "proreg")
+    alpha = ALPHA[loss]
+    if run.get("paper"):
+        alpha = EXCEPTIONS[loss].get(run["dataset"], alpha)
+    settings = TOY if run["dataset"].startswith("toy_") else PAPER
+    return settings | {"alpha": alpha}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = runs.new_parser(__doc__)
-    add = parser.add_argument_group("ProReg").add_argument
-    add("--loss", choices=["proreg", "kd", "ce"], help="Eq. 5, Eq. 6, or ordinary fine-tuning from the prompt")
-    add("--alpha", type=runs.non_negative, help="α of Eq. 5 or 6 [toy: 4 or 0.5, else: 2 or 0.5, --paper: by dataset]")
-    add("--power", type=runs.positive_float, help="k of Eq. 4: 1 = the plain ratio of probabilities")
-    add("--temperature", type=runs.positive_float, help="T of Eq. 3")
-    add("--head", choices=["text", "mlp"], help="text: the prompt's features; mlp: two random layers, no prompt")
-    add("--train", choices=["all", "head"], help="all: encoder and head; head: a linear probe from the prompt")
-    add("--train-bn", action="store_true", default=None, help="batch norm learns new running statistics")
-    add("--head-lr-factor", type=runs.positive_float, help="the head's learning rate, in units of --lr")
-    add("--betas", type=runs.below_one, nargs=2, metavar="B", help="of AdamW")
-    add("--weight-decay", type=runs.non_negative, help="of AdamW; none on biases")
-    add("--warmup", type=runs.fraction, help="part of the steps in which the rate rises")
-    add("--accumulate", type=runs.positive_int, help="parts to cut a batch into, to save memory; the same result")
-    add("--select", choices=["last", "val"], help="report the last step, or the epoch best on the validation part")
-    add("--ensemble", type=runs.fraction, nargs="+", metavar="A", help="Eq. 8 at these shares of zero-shot CLIP")
-    add("--wise-ft", type=runs.fraction, nargs="+", metavar="A", help="Eq. 9 (1 - A is WiSE-FT's own coefficient)")
-    return runs.with_defaults(parser, DEFAULTS)
+FLAGS = {
+    "--loss": {"choices": ["proreg", "kd", "ce"], "help": "Eq. 5, Eq. 6, or plain fine-tuning"},
+    "--alpha": {"type": float, "metavar": "α", "help": "of Eq. 5, 6; more = nearer zero-shot"},
+    "--power": {"type": float, "metavar": "K", "help": "k of Eq. 4; 1 = plain probabilities"},
+    "--temperature": {"type": float, "metavar": "T", "help": "of Eq. 3"},
+    "--head": {"choices": ["text", "mlp"], "help": "the prompt's features, or random layers"},
+    "--train": {"choices": ["all", "head"], "help": "head: the classifier alone"},
+    "--head-lr-factor": {"type": float, "metavar": "X", "help": "the head's rate, in --lr"},
+    "--betas": {"type": float, "nargs": 2, "metavar": "X", "help": "of AdamW"},
+    "--weight-decay": {"type": float, "metavar": "X", "help": "of AdamW; none on biases"},
+    "--warmup": {"type": float, "metavar": "X", "help": "share of steps with a rising rate"},
+    "--accumulate": {"type": int, "metavar": "K", "help": "parts of a batch, to save memory"},
+    "--select": {"choices": ["last", "val"], "help": "val: the epoch best on validation images"},
+    "--ensemble": {"type": float, "nargs": "+", "metavar": "A", "help": "Eq. 8 at these A"},
+    "--wise-ft": {"type": float, "nargs": "+", "metavar": "A", "help": "Eq. 9 at these A"},
+}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. TRAIN
-# ----------------------------------------------------------------------------------------------------------------------
-def train(args, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
-    """Fine-tune on task.train; goes on from out/checkpoint.pt. K processes learn what one alone would learn."""
-    text = prompt_features(clip, task.classnames, task.template)  # [C, D]
-    learner = PromptedClassifier(clip, task.classnames, text, args.head, args.seed)
+def build_parser() -> data.Parser:
+    return common.new_parser(__doc__, "ProReg", FLAGS, defaults)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. TRAIN: K processes learn what one alone would learn
+# --------------------------------------------------------------------------------------------------
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if args.device != "cpu":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr = sys.stdout
+
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def step(
+    learner: PromptedClassifier,
+    clip: Clip,
+    teacher: Callable,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    index: torch.Tensor,
+    args: argparse.Namespace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One part of a batch: images [b, 3, H, W], labels [b], index [b] (positions in the data) → its
+    loss L, with a gradient, and for the log sums over its images of [1, L, L_ce, prediction right,
+    w, w > 0.5]. teacher(images, index) → zero-shot CLIP's logits [b, C]."""
+    with common.autocast(clip):
+        features = learner.encode_image(images)  # [b, D]
+    logits = learner(features)  # [b, C]
+    loss_ce = label_losses(logits, labels)
+    loss, w = loss_ce.mean(), torch.zeros_like(loss_ce)
+    if args.loss != "ce":
+        zs_logits = teacher(images, index)
+        w = adaptive_weight(logits, zs_logits, labels, args.power)  # for the log
+    if args.loss == "proreg":  # Eq. 5
+        loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
+    if args.loss == "kd":  # Eq. 6
+        loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
+    right = logits.argmax(dim=-1) == labels
+    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right.to(w), w, (w > 0.5).to(w)]
+    return loss, torch.stack(numbers).detach().sum(dim=1)
+
+
+def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
+    """Fine-tune on task.train. Goes on from the checkpoint in `out`, if there is one."""
+    learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed).eval()
     learner.visual.requires_grad_(args.train == "all")
     groups = parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=1e-8)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    first = runs.resume(out, "proreg", learner, optimizer)
-    # WHY a scaler: fp16 gradients underflow. Its state travels with the optimiser's, for --resume.
-    scaler = torch.amp.GradScaler(torch.device(clip.device).type, enabled=args.precision == "fp16")
-    scaler.load_state_dict(optimizer.param_groups[0].get("scaler") or scaler.state_dict())
-    classifier, table = F.normalize(text, dim=-1), None  # the teacher's, [C, D]
-    if args.augment == "none" and args.loss != "ce":  # it sees the same images in every epoch: one pass is enough
-        x, _ = vision.encode(args, clip, task.train, clip.preprocess, task.train, what="training images")  # [N, D]
-        table = clip.scale * x.to(text) @ classifier.T  # [N, C]
-    N, steps = len(task.train), -(-len(task.train) // args.batch_size)  # steps an epoch, the partial batch too
+    # WHY fused: it counts its steps on the device, where the others wait for the number.
+    optimizer = torch.optim.AdamW(groups, args.lr, tuple(args.betas), eps=1e-8, fused=True)
+    first = common.resume(out, learner, optimizer)
+    # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
+    teacher = zero_shot_teacher(args, clip, task)
+    batches = training_stream(args, clip, task)
     for epoch in range(first, args.epochs):
-        order, stream = draw_epoch(args, clip, task, epoch)
-        if not order:  # --max-steps
-            break
-        seen = text.new_zeros(N, 4)  # for the log, of each image: L, L_ce, was it right, w
-        learner.train(args.train_bn)
-        for step, batch in enumerate(common.progress(order, f"{out.name}, epoch {epoch + 1} of {args.epochs}")):
+        order = epoch_order(args, len(task.train), epoch)
+        progress = tqdm(order, f"{out.name}, epoch {epoch + 1}", leave=False, disable=None)
+        seen = []
+        for i, (batch, parts) in enumerate(zip(progress, batches(epoch, order))):
+            share = warmup_linear(epoch * len(order) + i, args.epochs * len(order), args.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warmup_linear(epoch * steps + step, args.epochs * steps, args.warmup)
-            for parameter in parameters:  # zeros and not None: a process without images in this batch adds these
-                parameter.grad = torch.zeros_like(parameter)
-            for images, labels, index in next(stream):  # this process's parts of the batch: [b, 3, H, W], [b], [b]
-                with common.autocast(clip):
-                    features = learner.encode_image(images)  # [b, D]
-                logits, w = learner(features), 0 * labels  # [b, C], [b]
-                loss = loss_ce = F.cross_entropy(logits, labels)
-                if args.loss != "ce":
-                    zs_logits = zero_shot_logits(clip, classifier, images) if table is None else table[index]  # [b, C]
-                    w = adaptive_weight(logits, zs_logits, labels, args.power)
-                if args.loss == "proreg":  # Eq. 5
-                    loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
-                elif args.loss == "kd":  # Eq. 6
-                    loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
-                common.check_finite(epoch, step, loss=loss)
-                # WHY this share: summed over parts and processes it is the mean over the batch, whatever their sizes.
+                group["lr"] = group["peak"] * share
+            optimizer.zero_grad()
+            for images, labels, index in parts:
+                loss, numbers = step(learner, clip, teacher, images, labels, index, args)
+                # WHY this factor: summed over parts and processes it is the mean over the batch.
                 scaler.scale(loss * (len(labels) / len(batch))).backward()
-                numbers = loss.expand(len(labels)), loss_ce.expand(len(labels)), logits.argmax(dim=-1) == labels, w
-                seen[index] = torch.stack([number.detach().to(seen) for number in numbers], dim=1)
-            if common.world_size() > 1:
-                flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # one message, not hundreds
-                dist.all_reduce(flat)  # the sum over processes
-                nn.utils.vector_to_parameters(flat, [parameter.grad for parameter in parameters])
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))  # clips nothing, gives the norm
-            if not scaler.is_enabled() or scaler.get_scale() < 1:  # WHY: a scaler skips a step that overflowed
-                common.check_finite(epoch, step, gradient=norm)
+                seen.append(numbers)
+            add_gradients(learner)
             # Eq. 7
             scaler.step(optimizer)
             scaler.update()
-        optimizer.param_groups[0]["scaler"] = scaler.state_dict()
-        end_epoch(args, clip, task, out, epoch, learner, optimizer, seen, torch.cat(order))
-    if args.select == "val":
-        common.broadcast(None)  # process 0 may still be writing
-        best = runs.load_checkpoint(out / "best", "proreg")
-        common.log(f"--select val: epoch {best['epoch']} of {args.epochs}")
-        runs.restore(learner, best["tensors"], out / "best")
+        end_epoch(args, clip, task, out, epoch, learner, optimizer, torch.stack(seen).sum(dim=0))
+    if args.select == "val" and processes()[0] == 0:
+        common.load_checkpoint(out / "best", learner)
     return learner
 
 
-def draw_epoch(args, clip: Clip, task: data.Task, epoch: int):
-    """The epoch's batches of image numbers (the last may be smaller), and an iterator over what this process takes of
-    each: every K-th image, loaded, in at most --accumulate parts."""
-    order = torch.randperm(len(task.train), generator=data.generator(args.seed, "order", epoch)).split(args.batch_size)
-    order = order[: max(0, args.max_steps - epoch * len(order))] if args.max_steps else order
-    mine = [batch[common.rank() :: common.world_size()] for batch in order]
-    parts = [[part.tolist() for part in share.chunk(args.accumulate) if len(part)] for share in mine]
-    view = epoch % args.views if args.views else epoch
-    images = vision.ImageSet(task.train, data.train_transform(clip.preprocess, args.augment), args.seed, view)
-    loader = iter(vision.image_loader(images, args.workers, batch_sampler=sum(parts, [])))
-    return order, (([tensor.to(clip.device) for tensor in next(loader)] for _ in share) for share in parts)
+def epoch_order(args: argparse.Namespace, n: int, epoch: int) -> list[torch.Tensor]:
+    """Shuffled batches of positions. The last may be smaller, and is kept, as released."""
+    order = torch.randperm(n, generator=data.generator(args.seed, "order", epoch))
+    return list(order.split(args.batch_size))[: args.max_steps or None]
 
 
-@torch.no_grad()
-def zero_shot_logits(clip: Clip, classifier: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """The teacher: frozen CLIP's logits [b, C] of images [b, 3, H, W], by the prompts' unit features [C, D]."""
-    with common.autocast(clip):
-        features = clip.model.encode_image(images)
-    return clip.scale * F.normalize(features.to(classifier), dim=-1) @ classifier.T
+def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
+    """A function (epoch, its batches) → for each batch an iterator over what this process takes of
+    it: every K-th image, in at most --accumulate parts (images, labels, positions)."""
+    rank, world = processes()
+    transform = data.train_transform(clip.preprocess, args.augment)
+    images = data.ImageSet(task.train, transform, args.seed)
+    parts = []  # lists of positions, refilled every epoch, so that the loader's workers stay
+    loader = data.image_loader(images, parts, args)
+
+    def batches(epoch: int, order: list[torch.Tensor]) -> Iterator:
+        view = epoch % args.views if args.views else epoch
+        shares = [batch[rank::world].chunk(args.accumulate) for batch in order]
+        shares = [[part for part in share if len(part)] for share in shares]
+        parts[:] = [(part + view * len(images)).tolist() for share in shares for part in share]
+        loaded = iter(loader)
+        for share in shares:
+            yield (to_device(next(loaded), clip.device) for _ in share)
+
+    return batches
 
 
-def end_epoch(args, clip: Clip, task: data.Task, out: Path, epoch: int, learner, optimizer, seen, order) -> None:
-    """Write the epoch's line, a checkpoint and, with --select val, the best weights so far."""
-    if common.world_size() > 1:
-        dist.all_reduce(seen)  # an image was seen by one process, and is 0 in the others
-    loss, loss_ce, right, w = seen[order.to(seen.device)].double().T.cpu()
-    state = optimizer.param_groups[0]  # what is added here travels with the optimiser's state, for --resume
-    line = {"lr": state["lr"], "loss": loss.mean().item(), "loss_ce": loss_ce.mean().item()}
-    line["train_accuracy"] = 100 * right.mean().item()
-    if args.loss != "ce":
-        line |= {"w_mean": w.mean().item(), "w_above_half": (w > 0.5).double().mean().item()}
-        line |= {f"w_{q}": w.quantile(q / 100).item() for q in (10, 25, 50, 75, 90)}
-    if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
-        test = data.Test(task.name, None, "all", task.classnames, task.template, task.val)
-        line["val_accuracy"] = common.evaluate(*tuned_logits(args, clip, learner, test))["accuracy"]
-    if common.rank() > 0:
+def to_device(batch: list[torch.Tensor], device: str) -> list[torch.Tensor]:
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
+
+
+def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
+    """A function (images [b, 3, H, W], positions [b]) → frozen CLIP's logits [b, C]."""
+    classifier = common.zero_shot_classifier(clip, task.classnames, [task.template])  # [C, D]
+
+    def logits(features: torch.Tensor) -> torch.Tensor:
+        return clip.scale * F.normalize(features.to(classifier), dim=-1) @ classifier.T
+
+    @torch.no_grad()
+    def see(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        with common.autocast(clip):
+            features = clip.model.encode_image(images)
+        return logits(features)
+
+    if args.augment != "none" or args.loss == "ce":
+        return see
+    features, _ = common.encode_images(clip, task.train, clip.preprocess, args)
+    table = logits(features)  # [N, C]: it sees the same images in every epoch
+    return lambda images, index: table[index]
+
+
+def add_gradients(learner: PromptedClassifier) -> None:
+    """The sum of all processes' gradients; one message, not hundreds. A process that had no image
+    of a small batch adds zeros."""
+    if processes()[1] == 1:
         return
-    if args.select == "val" and line["val_accuracy"] > state.get("best", -1):  # of equals the first
-        state["best"] = line["val_accuracy"]
-        (out / "best").mkdir(exist_ok=True)
-        runs.save_checkpoint(out / "best", "proreg", args, learner.state_dict(), epoch + 1)
-    runs.end_epoch(args, out, "proreg", epoch, learner, optimizer, line)
+    learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in learned])
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat, [parameter.grad for parameter in learned])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums) -> None:
+    """Write the epoch's line, a checkpoint and, with --select val, the best weights so far."""
+    if processes()[1] > 1:
+        dist.all_reduce(sums)
+    if processes()[0] > 0:
+        return
+    loss, loss_ce, right, w, above = sums[1:] / sums[0]
+    line = {"lr": optimizer.param_groups[0]["lr"], "loss": loss, "loss_ce": loss_ce}
+    line |= {"train_accuracy": 100 * right, "w_mean": w, "w_above_half": above}
+    note = {"classnames": task.classnames, "template": task.template}
+    if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
+        (validation,) = task.validation()
+        logits, labels = tuned_logits(args, clip, learner, validation)
+        line["val_accuracy"] = common.evaluate(logits, labels)["accuracy"]
+    if args.select == "val":
+        earlier = [json.loads(text)["val_accuracy"] for text in common.read_metrics(out)[:epoch]]
+        if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
+            common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
+    common.end_epoch(out, epoch, learner, optimizer, line, **note)
+
+
+# --------------------------------------------------------------------------------------------------
 # 5. EVALUATE
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, C] of a test set's images among its class names, and labels [N]. Processes share the images.
-
-    By the learned classifier if it has all of the names, else by their prompts, to see what the encoder has forgotten.
-    """
-    tuned = dataclasses.replace(clip, model=learner.eval())
-    what = f"{test.domain or test.classes} images of {test.name}, tuned encoder"
-    x, labels = vision.encode_images(tuned, test.items, clip.preprocess, args, keep=False, what=what)  # [N, D]
-    if test.classnames == learner.classnames:
-        return learner(x), labels
-    if set(test.classnames) <= set(learner.classnames):
-        return learner(x)[:, [learner.classnames.index(name) for name in test.classnames]], labels
-    return learner(x, prompt_features(clip, test.classnames, test.template)), labels
+def class_logits(
+    learner: PromptedClassifier, clip: Clip, classnames: list[str], x: torch.Tensor, template: str
+) -> torch.Tensor:
+    """Logits [N, C] of features x [N, D] of the tuned encoder: by the learned classifier if it has
+    all of the names, else by their prompts, to see what the encoder has forgotten."""
+    own = learner.classnames
+    if set(classnames) <= set(own):
+        return learner(x)[:, [own.index(name) for name in classnames]]
+    return learner(x, common.prompt_features(clip, classnames, template))
 
 
-def evaluate(args, clip: Clip, learner: PromptedClassifier, tests: list[dict]) -> list[dict]:
-    """The rows of `tests` with the tuned model's logits, and in "extra" the measures of every ensemble and mixture."""
-    tuned, mixtures = [tuned_logits(args, clip, learner, row["test"])[0] for row in tests], {}
-    for A in args.ensemble:
-        # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
-        mixtures[f"ensemble {A:g}"] = [(1 - A) * t + A * row["zero_shot"] for t, row in zip(tuned, tests)]
+def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test):
+    """Logits [N, C] of a test set's images, and labels [N]."""
+    tuned = dataclasses.replace(clip, model=learner)
+    x, labels = common.encode_images(tuned, test.items, clip.preprocess, args, cache=False)
+    return class_logits(learner, clip, test.classnames, x, test.template), labels
+
+
+def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> list[dict]:
+    """For each test set the tuned logits, and as "extra" every ensemble's and mixture's measures."""
+    found = []
+    for frozen in encoded:
+        tuned, _ = tuned_logits(args, clip, learner, frozen.test)
+        row = {"tuned": tuned, "extra": {}}
+        for A in args.ensemble:
+            # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
+            mixed = (1 - A) * tuned + A * frozen.zero_shot
+            row["extra"][f"ensemble {A:g}"] = common.evaluate(mixed, frozen.labels)
+        found.append(row)
     for A in args.wise_ft:
-        text = prompt_features(clip, **args.trained_on)
-        mixed, start = copy.deepcopy(learner), PromptedClassifier(clip, learner.classnames, text)
-        for value, zero_shot in zip(mixed.state_dict().values(), start.state_dict().values(), strict=True):
-            if value.is_floating_point():
-                # Eq. 9: θ = (1 - A) · θ_tuned + A · θ_zs, running statistics too
-                value.lerp_(zero_shot, A)
-        mixtures[f"wise-ft {A:g}"] = [tuned_logits(args, clip, mixed, row["test"])[0] for row in tests]
-    extra = [
-        {name: common.evaluate(m[i], row["labels"]) for name, m in mixtures.items()} for i, row in enumerate(tests)
-    ]
-    return [row | {"tuned": logits, "extra": more} for row, logits, more in zip(tests, tuned, extra)]
+        mixture = mix_weights(clip, learner, A)
+        for frozen, row in zip(encoded, found):
+            logits, labels = tuned_logits(args, clip, mixture, frozen.test)
+            row["extra"][f"wise-ft {A:g}"] = common.evaluate(logits, labels)
+    return found
 
 
-def fit(args, clip: Clip, task: data.Task, tests: list[dict], out: Path, baseline: dict | None = None) -> dict:
-    """Train (or read args.checkpoint), evaluate on every test set once, write the run folder, return its result."""
-    if result := runs.finished(out):  # a resumed run whose baseline is finished
-        return result
-    start, encoded = time.time(), common.SECONDS["encode"]
-    learner = read_learner(args.checkpoint, clip) if args.eval_only else train(args, clip, task, out)
-    trained, rows = time.time(), evaluate(args, clip, learner, tests)
-    if common.rank() > 0:
+def mix_weights(clip: Clip, learner: PromptedClassifier, A: float) -> PromptedClassifier:
+    """WiSE-FT (whose own coefficient is 1 - A)."""
+    mixture = copy.deepcopy(learner)
+    start = PromptedClassifier(clip, learner.classnames, learner.template).state_dict()
+    for name, value in mixture.state_dict().items():
+        if value.is_floating_point():
+            # Eq. 9: θ = (1 - A) · θ_tuned + A · θ_zs
+            value.lerp_(start[name], A)
+    return mixture
+
+
+def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptedClassifier:
+    """The tuned encoder and classifier of a run folder."""
+    _, note = common.read_checkpoint(folder)
+    learner = PromptedClassifier(clip, note["classnames"], note["template"], args.head)
+    common.load_checkpoint(folder, learner)
+    return learner.eval()
+
+
+def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=None) -> dict:
+    """Train (or read the run to evaluate), test once, write the run folder → its result."""
+    if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
+        return common.read_json(out / "result.json")
+    start = time.time()
+    if args.eval:
+        learner = read_learner(args.eval, args, clip)
+    else:
+        learner = train(args, clip, task, out)
+    if processes()[0] > 0:
         return {}
-    rows = [row | {"baseline": baseline and baseline["tests"][i]["tuned"]} for i, row in enumerate(rows)]
-    runs.save_checkpoint(out, "proreg", args, learner.state_dict(), args.epochs)
-    seconds = {"encode": encoded, "train": trained - start, "evaluate": time.time() - trained}
-    result = runs.write_result(out, "proreg", args, task, clip, rows, seconds)
-    shutil.rmtree(out / "best", ignore_errors=True)  # checkpoint.pt holds the same weights
-    return result
+    found = evaluate(args, clip, learner, encoded)
+    seconds = time.time() - start
+    return common.write_result(out, args, task, encoded, found, seconds, baseline)
 
 
-def read_learner(path: str, clip: Clip) -> PromptedClassifier:
-    """The tuned encoder and classifier of a run folder or checkpoint."""
-    state = runs.load_checkpoint(path, "proreg")
-    names, head = (state["trained_on"] or {"classnames": []})["classnames"], state["settings"].get("head", "text")
-    learner = PromptedClassifier(clip, names, torch.zeros(len(names), clip.dim, device=clip.device), head)
-    runs.restore(learner, state["tensors"], path)
-    return learner
-
-
-def report_mixtures(result: dict) -> None:
-    """Print the accuracies and H of the tuned model, each ensemble and each mixture of weights."""
-    tests = result["tests"]
-    rows = [["accuracy %", *(test["domain"] or test["classes"] for test in tests), "H"]]
-    for name in ["zero_shot", "tuned", *tests[0]["extra"]]:
-        chosen = [test | {"tuned": (test["extra"] | test)[name]} for test in tests]
-        h = runs.harmonic_means(chosen)
-        cells = [f"{test['tuned']['accuracy']:.1f}" for test in chosen]
-        rows.append([name.replace("_", "-"), *cells, f"{h['tuned']:.1f}" if h else ""])
-    runs.print_aligned(rows)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. MAIN
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+def check_task(args: argparse.Namespace, task: data.Task) -> None:
+    """UserError where the flags do not fit the data."""
+    if not args.eval and (args.select == "val" or args.eval_every):
+        task.validation()
+    trained = common.read_run(args.eval)[1]["classnames"] if args.eval else task.classnames
+    unseen = any(set(test.classnames) - set(trained) for test in task.tests)
+    bad = args.head == "mlp" and (args.wise_ft or unseen)
+    advice = "no --wise-ft, no unseen classes (--classes base, --test-on)"
+    require(not bad, f"--head mlp has no prompt: {advice}")
+
+
 def main(argv: list[str] | None = None) -> dict:
-    """Run the script with these flags; returns what result.json holds."""
-    args = runs.settle(build_parser(), argv, "proreg", DEFAULTS, paper_exceptions)
-    if args.alpha is None:
-        kind = "toy" if args.dataset.startswith("toy_") else "paper"
-        args.alpha, args.sources["alpha"] = ALPHA[args.loss][kind], f"{kind} default of --loss {args.loss}"
-    name = {"proreg": "ProReg", "kd": "KD", "ce": "fine-tuning"}[args.loss]
-    if result := args.resume and runs.finished(args.out_dir):
-        runs.report(result, args.out_dir, "fine-tuning", name)
-        return result
-    if args.train_bn and (common.world_size() > 1 or args.accumulate > 1):
-        raise UserError("--train-bn: batch statistics need the whole batch at once; use one process, no --accumulate")
-    task, clip = runs.prepare(args)
-    if (args.select == "val" or args.eval_every) and not (task.val or args.eval_only):
-        raise UserError(f"{task.name} has no validation part: leave out --select val and --eval-every")
-    if args.eval_only:  # the names that the classifier's rows belong to
-        args.trained_on = runs.load_checkpoint(args.checkpoint, "proreg")["trained_on"] or args.trained_on
-    trained = set(args.trained_on["classnames"])
-    if args.head == "mlp" and (args.wise_ft or any(set(test.classnames) - trained for test in task.tests)):
-        raise UserError("--head mlp has no prompt: no --wise-ft, no unseen classes (--classes base, --test-on)")
-    out = runs.open_run(args, "proreg")
-    tests, compare = vision.encode_tests(args, clip, task), args.compare and args.loss != "ce"
-    plain = runs.open_baseline(args, out, "proreg", loss="ce", alpha=0.0) if compare else None
-    baseline = fit(plain, clip, task, tests, Path(plain.out_dir)) if plain else None
-    result = fit(args, clip, task, tests, out, baseline)
-    if result:
-        runs.report(result, out, "fine-tuning", name)
-        if result["tests"][0]["extra"]:
-            report_mixtures(result)
+    """Run the script with these flags → what result.json holds (in the first process)."""
+    args = common.settle(build_parser(), argv, "proreg", defaults)
+    join_processes(args)
+    alone = processes()[0] == 0
+    method = {"proreg": "ProReg", "kd": "KD", "ce": "fine-tuning"}[args.loss]
+    compare = args.compare and args.loss != "ce" and not args.eval
+    task = data.load_task(args)
+    check_task(args, task)
+    clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
+    title = f"{method} against {'fine-tuning and ' * compare}zero-shot"
+    folder = [str(common.open_run(args, task, clip, title)) if alone else None]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(folder, src=0)
+    out = Path(folder[0])
+    encoded = common.encode_tests(args, clip, task.tests) if alone else []
+    baseline = None
+    if compare:
+        plain = argparse.Namespace(**vars(args) | {"loss": "ce", "alpha": 0.0})
+        baseline = fit(plain, clip, task, encoded, out / "baseline")
+    result = fit(args, clip, task, encoded, out, baseline)
+    if alone:
+        common.report(result, task.tests, out, "fine-tuning", method)
     return result
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    common.run(main)

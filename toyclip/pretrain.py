@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds toyclip
 from toyclip import world
 
 HERE = Path(__file__).resolve().parent
+VOCABULARY = 49408  # rows of open_clip's token table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # BATCHES
@@ -187,11 +188,12 @@ def replace_file(path, write, *contents):
 
 
 def save_weights(model, tokens, path, metadata):
-    """fp16, under open_clip's names; of the token table only the used rows, as token_ids [T] and token_rows [T, 64]."""
+    """fp16, as open_clip reads it. A word that captions never use has a row of zeros in the token table."""
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    state["token_ids"] = torch.tensor(tokens.ids, dtype=torch.int32)
-    state["token_rows"] = state.pop("token_embedding.weight")
+    rows = state["token_embedding.weight"]  # [T, 64], of the words in use
+    state["token_embedding.weight"] = rows.new_zeros(VOCABULARY, rows.shape[1])
+    state["token_embedding.weight"][tokens.ids] = rows
     state = {name: value.contiguous() for name, value in state.items()}
     replace_file(path, save_file, state, metadata)
 
