@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -59,11 +58,6 @@ class Clip:
         """W, of the text transformer."""
         return text_tower(self.model).token_embedding.weight.shape[1]
 
-    @property
-    def dim(self) -> int:
-        """D, of the features of images and texts."""
-        return self.model.visual.output_dim
-
 
 def load_clip(
     model: str = "toyclip",
@@ -88,22 +82,23 @@ def load_clip(
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds
-        text = f"cannot load --model {model} --pretrained {pretrained}: {in_one_line(error)}"
-        raise error if isinstance(error, UserError) else UserError(text) from error
+        known = isinstance(error, UserError)
+        raise error if known else UserError(f"cannot load {model}: {in_one_line(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
     net = net.float().eval().requires_grad_(False)
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
-    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
-    clip = Clip(net, transform, tokenizer, name, pretrained or "", memory_gb=memory_gb)
-    clip.scale = net.logit_scale.double().exp().item()
+    transform = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg), is_train=False
+    )
+    scale = net.logit_scale.double().exp().item()
+    clip = Clip(net, transform, tokenizer, name, pretrained or "", scale=scale)
     clip.weights = fingerprint(net)
     check_text_tower(clip)
     net.to(device)
-    return dataclasses.replace(clip, device=device, precision=precision)
+    return dataclasses.replace(clip, device=device, precision=precision, memory_gb=memory_gb)
 
 
 def build_model(name: str, pretrained: str) -> torch.nn.Module:
@@ -117,51 +112,44 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
         return open_clip.create_model(name, require_pretrained=True)
     config = open_clip.get_model_config(name)
     require(config, f"--model {name} is unknown to open_clip: name one such as RN50, ViT-B-16")
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
     if Path(pretrained).is_file():
-        quick = is_archive(pretrained) or bool(config.get("quick_gelu"))
+        state, archive = read_weights(pretrained)
+        quick = archive or bool(config.get("quick_gelu"))
         net = open_clip.create_model(name, force_quick_gelu=quick)
-        load_weights(net, pretrained)
+        load_tensors(net, state, f"{pretrained} holds another model than {name}")
         return net
     plain = name.removesuffix("-quickgelu")
     tag = open_clip.get_pretrained_cfg(plain, pretrained)
     tag = tag or open_clip.get_pretrained_cfg(name, pretrained)
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
     require(tag, f"--pretrained {pretrained!r} is no file and no tag of {name}: {tags}")
     quick = bool(tag.get("quick_gelu"))
     source = {"pretrained": pretrained, "require_pretrained": True}
     return open_clip.create_model(name if quick else plain, force_quick_gelu=quick, **source)
 
 
-def is_archive(path: str) -> bool:
-    """Is this file one of OpenAI's TorchScript archives?"""
-    files = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    return any("/code/" in file for file in files)
-
-
-def load_weights(net: torch.nn.Module, path: str) -> None:
-    """Load a local file: an archive of OpenAI's, safetensors, a state dict, a training checkpoint.
-    Nothing in it is run. UserError unless names and shapes are the model's.
+def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
+    """The tensors of a local file (an archive of OpenAI's, safetensors, a state dict or a training
+    checkpoint), and whether it is such an archive. No Python code in it is run.
 
     WHY not open_clip's loader: it resizes position embeddings of another size without a word.
     """
-    if is_archive(path):
+    try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
-    else:
+        notes = ("input_resolution", "context_length", "vocab_size")  # numbers, not weights
+        return {key: value for key, value in state.items() if key not in notes}, True
+    except RuntimeError:  # no archive
         state = open_clip.factory.load_state_dict(path)  # reads with weights_only
-    for note in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's files
-        state.pop(note, None)
     foreign = any(key.startswith(("text_model.", "vision_model.")) for key in state)
-    advice = "name an open_clip tag, or a file in open_clip's or OpenAI's format"
-    require(not foreign, f"{path} is in the format of transformers: {advice}")
-    load_tensors(net, state, f"{path} holds another model than --model names")
+    require(not foreign, f"{path} is in transformers' format: name a file in open_clip's, or a tag")
+    return state, False
 
 
 def load_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], fault: str) -> None:
     """load_state_dict, or UserError `fault` with the first two names or shapes that differ."""
-    expected = {(key, tuple(value.shape)) for key, value in module.state_dict().items()}
-    given = {(key, tuple(value.shape)) for key, value in tensors.items()}
-    differ = [f"{key} {list(shape)}" for key, shape in sorted(expected ^ given)[:2]]
-    require(not differ, f"{fault}: see {' and '.join(differ)}")
+    expected = {(key, *value.shape) for key, value in module.state_dict().items()}
+    differ = sorted(expected ^ {(key, *value.shape) for key, value in tensors.items()})[:2]
+    require(not differ, f"{fault}: see {' and '.join(map(str, differ))}")
     module.load_state_dict(tensors)
 
 
@@ -183,8 +171,7 @@ def check_text_tower(clip: Clip) -> None:
         equal = (ours - theirs).norm() < 1e-3 * theirs.norm()
     except (AttributeError, TypeError, RuntimeError, ValueError):
         equal = False
-    reason = "is causal and read at the end of the text, as CLIP's is"
-    require(equal, f"{clip.name} cannot be used: needed is a text tower that {reason}")
+    require(equal, f"{clip.name} has no text tower like CLIP's: causal, and read at the text's end")
 
 
 def text_tower(model: torch.nn.Module) -> torch.nn.Module:
@@ -197,9 +184,9 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
 
     WHY not fp16 where a prompt needs gradients: they underflow. That pass then runs in fp32.
     """
-    kind = {"bf16": torch.bfloat16, "fp16": None if gradients else torch.float16}
-    dtype = kind.get(clip.precision)
-    return torch.autocast(torch.device(clip.device).type, dtype, enabled=dtype is not None)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(clip.precision)
+    enabled = clip.precision == "bf16" or (clip.precision == "fp16" and not gradients)
+    return torch.autocast(torch.device(clip.device).type, dtype, enabled=enabled)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,13 +210,14 @@ class Names:
 def token_ids(clip: Clip, text: str, room: int) -> list[int]:
     """BPE ids of `text` and EOT. UserError for more than `room`, or a word toyclip never saw."""
     ids = [*clip.tokenizer.encode(text.replace("_", " ")), clip.tokenizer.eot_token_id]
-    size = f"{len(ids)} tokens with EOT, {room} are free"
-    require(len(ids) <= room, f"{text!r} takes {size}: shorten it, or lower --n-ctx")
+    require(
+        len(ids) <= room,
+        f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or lower --n-ctx",
+    )
     if clip.name == "toyclip":  # the row of a word that training never touched is zero
         seen = text_tower(clip.model).token_embedding.weight[ids].any(dim=1)
         unknown = clip.tokenizer.decode([ids[int(seen.long().argmin())]]).strip()
-        advice = "choose a full-size CLIP with --model and --pretrained"
-        require(seen.all(), f"toyclip never saw {unknown!r} of {text!r}: {advice}")
+        require(seen.all(), f"toyclip never saw {unknown!r} of {text!r}: name another --model")
     return ids
 
 
@@ -242,8 +230,8 @@ def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
     """
     tower = text_tower(clip.model)
     table, position = tower.token_embedding.weight, tower.positional_embedding
-    room = len(position) - before - own
-    ids = [[-1] * own + token_ids(clip, text, room) for text in texts]  # -1: a place kept free
+    free = [-1] * own  # of a place that is kept free
+    ids = [free + token_ids(clip, text, len(position) - before - own) for text in texts]
     size = torch.tensor([len(text) for text in ids])  # [C]
     start = size.cumsum(0) - size
     n_rows = math.ceil(int(size.sum()) / max(1, ROW_LENGTH - before))
@@ -332,8 +320,9 @@ def encode_prompts(clip: Clip, prefix: torch.Tensor, names: Names) -> torch.Tens
     r, g = min(R, alive), min(G, max(1, alive // R))
     encode = encode_rows
     if gradients and (r < R or g < G):
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        encode = functools.partial(checkpoint, encode_rows, **options)
+        encode = functools.partial(
+            checkpoint, encode_rows, use_reentrant=False, preserve_rng_state=False
+        )
     pieces = list(zip(names.rows.split(r), names.mask.split(r), names.eot.split(r)))
     parts = [[encode(tower, some, *piece) for piece in pieces] for some in prefix.split(g)]
     ends = torch.cat([torch.cat(row, dim=1) for row in parts])  # [G, R, K, W]
@@ -407,8 +396,6 @@ def encode_images(
         bad = data.bad_images(items) or [str(error)]
         raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
     features = torch.cat(rows)
-    advice = "features that are not finite: try --precision fp32"
-    require(features.isfinite().all(), f"{clip.name} gives {advice}")
     if cache:
         write(path, safetensors.torch.save({"features": features.cpu()}))
     return features, labels
@@ -484,7 +471,7 @@ def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     gaps = zeros.new_zeros(15).index_add(0, bins, right - confidence)  # a bin's sum of both
     nll = F.nll_loss(log_prob, labels).item()
     if not math.isfinite(nll):
-        raise FloatingPointError("the predictions are not finite: try a smaller --lr")
+        raise FloatingPointError("predictions are not finite: try --precision fp32, a lower --lr")
     return {
         "accuracy": 100 * right.mean().item(),
         "mean_class_accuracy": 100 * per_class.nanmean().item(),
@@ -611,16 +598,16 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     typed = vars(parser.parse_args(argv))
     for key in {"data_root", "cache_dir", "out_dir", "resume", "eval", "pretrained"} & typed.keys():
         typed[key] = os.path.expanduser(typed[key])
-        folder = key == "pretrained" or not Path(typed[key]).is_file()
-        require(folder, f"{flag(key)} {typed[key]} is a file: name a folder")
-    twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
-    require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
+        fits = key == "pretrained" or not os.path.isfile(typed[key])
+        require(fits, f"{flag(key)} {typed[key]} is a file: name a folder")
+    once = "resume" not in typed or not typed.keys() & {"eval", "out_dir"}
+    require(once, "--resume RUN names the run's folder: leave out --eval and --out-dir")
     stored = stored_settings(typed, method)
     first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     for key in stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set()):
-        made = f"{args.resume or args.eval} was made with {flag(key)} {stored[key]}"
-        require(vars(args)[key] == stored[key], f"{made}: leave {flag(key)} out")
+        found = f"{args.resume or args.eval} has {flag(key)} {stored[key]}"
+        require(vars(args)[key] == stored[key], f"{found}: leave {flag(key)} out")
     data.check_ranges(args)
     settle_device(args)
     return args
@@ -632,8 +619,8 @@ def stored_settings(typed: dict, method: str) -> dict:
     if folder is None or ("resume" in typed and not Path(folder, "config.json").exists()):
         return {}
     settings, config = read_run(folder)
-    text = f"{folder} is of {config['method']}.py" + ", an evaluation" * bool(settings["eval"])
-    require(config["method"] == method and not settings["eval"], f"{text}: name a trained run")
+    fits = config["method"] == method and not settings["eval"]
+    require(fits, f"{folder} is no training run of {method}.py")
     unread = EARLIER["anew"] | (EARLIER["trained"] if "eval" in typed else set())
     if typed.get("dataset", settings["dataset"]) != settings["dataset"]:
         unread = unread | {"train_domain", "test_domain"}
@@ -695,16 +682,18 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
 def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
     """config.json of a run, and what is there now. A run goes on with the classes and images that
     it began with, or not at all; an evaluation notes test images that were trained on."""
-    same = old["weights"] == new["weights"]
-    require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
+    require(
+        old["weights"] == new["weights"],
+        f"{folder}: its CLIP had other weights; name their file with --pretrained",
+    )
     if new["settings"]["eval"]:
         seen = data.trained_on(task, old["train"]) if old["settings"]["dataset"] == task.name else 0
         task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
         return
     for key, what in (("classnames", "class names"), ("train", "training images")):
-        changed = sorted(set(old[key]) ^ set(new[key])) or ["their order"]
-        begun = f"{folder} was begun with other {what} (see {changed[0]!r})"
-        require(old[key] == new[key], f"{begun}: restore them, or train anew in another folder")
+        changed = [*sorted(set(old[key]) ^ set(new[key])), "their order"][0]
+        begun = f"{folder} was begun with other {what} (see {changed!r})"
+        require(old[key] == new[key], f"{begun}: restore them, or train in another folder")
 
 
 def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
@@ -714,13 +703,13 @@ def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
         free = args.resume or not (out / "config.json").exists()
         require(free, f"{out} holds a run: name another --out-dir, or --resume {out}")
         return out
-    name = Path(args.dataset).name.replace(":", "-")
-    out = Path("runs", f"{args.method}-{name}-{args.shots}shot-seed{args.seed}" + f"-{k}" * (k > 1))
+    stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
+    out = Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1))
     try:
         out.mkdir(parents=True)
+        return out
     except FileExistsError:
         return claim_folder(args, k + 1)
-    return out
 
 
 def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
@@ -734,22 +723,17 @@ def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) 
     write(out / "checkpoint.safetensors", content)
 
 
-def read_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of a run's checkpoint, and its note."""
+def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
+    """Put a run's checkpoint into module and optimiser, which must fit it → its note."""
     path = Path(folder, "checkpoint.safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return tensors, json.loads(file.metadata()["note"])
+            note = json.loads(file.metadata()["note"])
     except Exception as error:  # there is none yet, or it is a foreign or damaged file
         raise UserError(f"{path} cannot be read: {in_one_line(error)}") from error
-
-
-def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
-    """Put a run's checkpoint into module and optimiser, which must fit it → its note."""
-    tensors, note = read_checkpoint(folder)
     learned = {key[6:]: value for key, value in tensors.items() if key.startswith("model/")}
-    load_tensors(module, learned, f"{folder}: its checkpoint does not fit these flags")
+    load_tensors(module, learned, f"{path} does not fit these flags")
     states = {}
     for key in tensors.keys() - {f"model/{key}" for key in learned}:
         _, i, name = key.split("/")
@@ -776,22 +760,21 @@ def end_epoch(
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     bad += [name for name, value in module.state_dict().items() if not value.isfinite().all()]
     if bad:
-        text = f"{bad[0]} is not finite in epoch {epoch + 1}"
-        raise FloatingPointError(f"{text}; the last good checkpoint stays: try a smaller --lr")
+        text = f"{bad[0]} is not finite in epoch {epoch + 1}: the last checkpoint stays"
+        raise FloatingPointError(f"{text}; try a smaller --lr")
     save_checkpoint(out, module, optimizer, epoch=epoch + 1, **note)
-    lines = [*read_metrics(out)[:epoch], json.dumps({"epoch": epoch, **line})]
-    write(out / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
+    lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
+    write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def read_metrics(out: Path) -> list[str]:
+def read_metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl; after a kill the last may be of an epoch that is done again."""
     path = out / "metrics.jsonl"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
-    return {name: version(name) for name in names}
+    return {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
 
 
 def write_result(
@@ -896,6 +879,6 @@ def report(result: dict, tests: list[data.Test], out: Path, baseline: str, metho
     for first, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    photos = f"python tools/use.py predict {out} IMAGE"
-    hint = "the same with --seed 2" if tests[0].name in data.world.TASKS else photos
+    toy = tests[0].name in data.world.TASKS
+    hint = "the same with --seed 2" if toy else f"python tools/use.py predict {out} IMAGE"
     print(f"written to {out}", f"try next: {hint}", sep="\n")

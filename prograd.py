@@ -330,9 +330,10 @@ def class_logits(
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptLearner:
     """The trained prompt of a run folder, ready for any class names (with --csc: for its own)."""
-    tensors, _ = common.read_checkpoint(folder)
-    start = common.start_of_text(clip)
-    learner = PromptLearner(clip, tensors.get("model/context", start[0]).to(start))
+    _, config = common.read_run(folder)
+    shape = (args.n_ctx, clip.width)
+    shape = (len(config["classnames"]), *shape) if args.csc else shape
+    learner = PromptLearner(clip, common.start_of_text(clip).new_zeros(shape))
     common.load_checkpoint(folder, learner)
     return learner
 
@@ -342,10 +343,8 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    if args.eval:
-        learner = read_learner(args.eval, args, clip)
-    else:
-        learner = train(args, clip, task, views, out)
+    trained = read_learner(args.eval, args, clip) if args.eval else None
+    learner = trained or train(args, clip, task, views, out)
     found = []
     for frozen in encoded:
         found.append({"tuned": class_logits(learner, clip, frozen.test.classnames, frozen.x)})

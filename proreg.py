@@ -64,7 +64,6 @@ followed)
 import argparse
 import copy
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -245,10 +244,9 @@ def parameter_groups(
     groups = {}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
-            head = not name.startswith("visual.")
             exempt = ("bias", "norm.weight", "norm1.weight", "norm2.weight")
             decay = 0.0 if any(part in name for part in exempt) else weight_decay
-            peak = lr * factor if head else lr
+            peak = lr if name.startswith("visual.") else lr * factor
             group = {"params": [], "peak": peak, "weight_decay": decay}
             groups.setdefault((peak, decay), group)["params"].append(parameter)
     return list(groups.values())
@@ -262,9 +260,7 @@ def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
     [0.0, 0.5, 1.0, 0.125]
     """
     rising = int(steps * warmup)
-    if step < rising:
-        return step / rising
-    return (steps - step) / max(1, steps - rising)
+    return step / rising if step < rising else (steps - step) / max(1, steps - rising)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,22 +306,19 @@ PAPER = SETTINGS | {
     "power": 10.0,
     "compare": False,
 }
-ALPHA = {"proreg": 2.0, "kd": 0.5, "ce": 0.0}
-EXCEPTIONS = {  # α of the released configuration files
-    "proreg": {"bar": 1.0, "nico_vehicle": 1.5},
-    "kd": {"nico_animal": 0.9},
-    "ce": {},
+# α of each loss, and with --paper that of the released configuration file of a dataset.
+ALPHA = {
+    "proreg": {"default": 2.0, "bar": 1.0, "nico_vehicle": 1.5},
+    "kd": {"default": 0.5, "nico_animal": 0.9},
+    "ce": {"default": 0.0},
 }
 
 
 def defaults(run: dict) -> dict:
     """The settings of a run on this dataset with this loss, where no flag says otherwise."""
-    loss = run.get("loss", "proreg")
-    alpha = ALPHA[loss]
-    if run.get("paper"):
-        alpha = EXCEPTIONS[loss].get(run["dataset"], alpha)
-    settings = TOY if run["dataset"].startswith("toy_") else PAPER
-    return settings | {"alpha": alpha}
+    alphas = ALPHA[run.get("loss", "proreg")]
+    alpha = alphas.get(run["dataset"] if run.get("paper") else "default", alphas["default"])
+    return (TOY if run["dataset"].startswith("toy_") else PAPER) | {"alpha": alpha}
 
 
 FLAGS = {
@@ -363,8 +356,7 @@ def join_processes(args: argparse.Namespace) -> None:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-        sys.stderr = sys.stdout
+        sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def processes() -> tuple[int, int]:
@@ -388,7 +380,8 @@ def step(
         features = learner.encode_image(images)  # [b, D]
     logits = learner(features)  # [b, C]
     loss_ce = label_losses(logits, labels)
-    loss, w = loss_ce.mean(), torch.zeros_like(loss_ce)
+    loss = loss_ce.mean()
+    w = torch.zeros_like(loss_ce)
     if args.loss != "ce":
         zs_logits = teacher(images, index)
         w = adaptive_weight(logits, zs_logits, labels, args.power)  # for the log
@@ -396,8 +389,8 @@ def step(
         loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
     if args.loss == "kd":  # Eq. 6
         loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
-    right = logits.argmax(dim=-1) == labels
-    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right.to(w), w, (w > 0.5).to(w)]
+    right = (logits.argmax(dim=-1) == labels).to(w)
+    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right, w, (w > 0.5).to(w)]
     return loss, torch.stack(numbers).detach().sum(dim=1)
 
 
@@ -415,17 +408,18 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     batches = training_stream(args, clip, task)
     for epoch in range(first, args.epochs):
         order = epoch_order(args, len(task.train), epoch)
-        progress = tqdm(order, f"{out.name}, epoch {epoch + 1}", leave=False, disable=None)
+        progress = tqdm(order, f"{out.name} {epoch + 1}/{args.epochs}", leave=False, disable=None)
         seen = []
         for i, (batch, parts) in enumerate(zip(progress, batches(epoch, order))):
             share = warmup_linear(epoch * len(order) + i, args.epochs * len(order), args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
             optimizer.zero_grad()
-            for images, labels, index in parts:
-                loss, numbers = step(learner, clip, teacher, images, labels, index, args)
+            for part in parts:
+                part = [tensor.to(clip.device, non_blocking=True) for tensor in part]
+                loss, numbers = step(learner, clip, teacher, *part, args)
                 # WHY this factor: summed over parts and processes it is the mean over the batch.
-                scaler.scale(loss * (len(labels) / len(batch))).backward()
+                scaler.scale(loss * (len(part[0]) / len(batch))).backward()
                 seen.append(numbers)
             add_gradients(learner)
             # Eq. 7
@@ -459,47 +453,41 @@ def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Ca
         parts[:] = [(part + view * len(images)).tolist() for share in shares for part in share]
         loaded = iter(loader)
         for share in shares:
-            yield (to_device(next(loaded), clip.device) for _ in share)
+            yield (next(loaded) for _ in share)
 
     return batches
-
-
-def to_device(batch: list[torch.Tensor], device: str) -> list[torch.Tensor]:
-    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
     """A function (images [b, 3, H, W], positions [b]) → frozen CLIP's logits [b, C]."""
     classifier = common.zero_shot_classifier(clip, task.classnames, [task.template])  # [C, D]
 
-    def logits(features: torch.Tensor) -> torch.Tensor:
-        return clip.scale * F.normalize(features.to(classifier), dim=-1) @ classifier.T
-
     @torch.no_grad()
     def see(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         with common.autocast(clip):
             features = clip.model.encode_image(images)
-        return logits(features)
+        return clip.scale * F.normalize(features.to(classifier), dim=-1) @ classifier.T
 
     if args.augment != "none" or args.loss == "ce":
         return see
-    features, _ = common.encode_images(clip, task.train, clip.preprocess, args)
-    table = logits(features)  # [N, C]: it sees the same images in every epoch
+    x, _ = common.encode_images(clip, task.train, clip.preprocess, args)
+    # It sees the same images in every epoch: once is enough.
+    table = clip.scale * F.normalize(x.to(classifier), dim=-1) @ classifier.T  # [N, C]
     return lambda images, index: table[index]
 
 
 def add_gradients(learner: PromptedClassifier) -> None:
     """The sum of all processes' gradients; one message, not hundreds. A process that had no image
     of a small batch adds zeros."""
-    if processes()[1] == 1:
-        return
-    learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    for parameter in learned:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in learned])
-    dist.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat, [parameter.grad for parameter in learned])
+    if processes()[1] > 1:
+        learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+        for parameter in learned:
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
+        flat = torch.cat([parameter.grad.flatten() for parameter in learned])
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, [parameter.grad for parameter in learned])
 
 
 def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums) -> None:
@@ -513,11 +501,10 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums)
     line |= {"train_accuracy": 100 * right, "w_mean": w, "w_above_half": above}
     note = {"classnames": task.classnames, "template": task.template}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
-        (validation,) = task.validation()
-        logits, labels = tuned_logits(args, clip, learner, validation)
-        line["val_accuracy"] = common.evaluate(logits, labels)["accuracy"]
+        measures = common.evaluate(*tuned_logits(args, clip, learner, task.validation()[0]))
+        line["val_accuracy"] = measures["accuracy"]
     if args.select == "val":
-        earlier = [json.loads(text)["val_accuracy"] for text in common.read_metrics(out)[:epoch]]
+        earlier = [line["val_accuracy"] for line in common.read_metrics(out)[:epoch]]
         if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
             common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
     common.end_epoch(out, epoch, learner, optimizer, line, **note)
@@ -540,27 +527,26 @@ def class_logits(
 
 def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test):
     """Logits [N, C] of a test set's images, and labels [N]."""
-    tuned = dataclasses.replace(clip, model=learner)
+    tuned = dataclasses.replace(clip, model=learner)  # it has an encode_image, too
     x, labels = common.encode_images(tuned, test.items, clip.preprocess, args, cache=False)
     return class_logits(learner, clip, test.classnames, x, test.template), labels
 
 
 def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> list[dict]:
-    """For each test set the tuned logits, and as "extra" every ensemble's and mixture's measures."""
+    """For each test set the tuned logits, and as "extra" each ensemble's and mixture's measures."""
     found = []
     for frozen in encoded:
-        tuned, _ = tuned_logits(args, clip, learner, frozen.test)
-        row = {"tuned": tuned, "extra": {}}
+        tuned, labels = tuned_logits(args, clip, learner, frozen.test)
+        found.append({"tuned": tuned, "extra": {}})
         for A in args.ensemble:
             # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
-            mixed = (1 - A) * tuned + A * frozen.zero_shot
-            row["extra"][f"ensemble {A:g}"] = common.evaluate(mixed, frozen.labels)
-        found.append(row)
+            mixed = common.evaluate((1 - A) * tuned + A * frozen.zero_shot, labels)
+            found[-1]["extra"][f"ensemble {A:g}"] = mixed
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
-            logits, labels = tuned_logits(args, clip, mixture, frozen.test)
-            row["extra"][f"wise-ft {A:g}"] = common.evaluate(logits, labels)
+            mixed = common.evaluate(*tuned_logits(args, clip, mixture, frozen.test))
+            row["extra"][f"wise-ft {A:g}"] = mixed
     return found
 
 
@@ -577,8 +563,8 @@ def mix_weights(clip: Clip, learner: PromptedClassifier, A: float) -> PromptedCl
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptedClassifier:
     """The tuned encoder and classifier of a run folder."""
-    _, note = common.read_checkpoint(folder)
-    learner = PromptedClassifier(clip, note["classnames"], note["template"], args.head)
+    _, config = common.read_run(folder)
+    learner = PromptedClassifier(clip, config["classnames"], config["template"], args.head)
     common.load_checkpoint(folder, learner)
     return learner.eval()
 
@@ -588,10 +574,8 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    if args.eval:
-        learner = read_learner(args.eval, args, clip)
-    else:
-        learner = train(args, clip, task, out)
+    trained = read_learner(args.eval, args, clip) if args.eval else None
+    learner = trained or train(args, clip, task, out)
     if processes()[0] > 0:
         return {}
     found = evaluate(args, clip, learner, encoded)
@@ -608,9 +592,8 @@ def check_task(args: argparse.Namespace, task: data.Task) -> None:
         task.validation()
     trained = common.read_run(args.eval)[1]["classnames"] if args.eval else task.classnames
     unseen = any(set(test.classnames) - set(trained) for test in task.tests)
-    bad = args.head == "mlp" and (args.wise_ft or unseen)
-    advice = "no --wise-ft, no unseen classes (--classes base, --test-on)"
-    require(not bad, f"--head mlp has no prompt: {advice}")
+    known = args.head == "text" or not (args.wise_ft or unseen)
+    require(known, "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -623,8 +606,10 @@ def main(argv: list[str] | None = None) -> dict:
     task = data.load_task(args)
     check_task(args, task)
     clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
-    title = f"{method} against {'fine-tuning and ' * compare}zero-shot"
-    folder = [str(common.open_run(args, task, clip, title)) if alone else None]
+    folder = [None]
+    if alone:
+        title = f"{method} against {'fine-tuning and ' * compare}zero-shot"
+        folder = [str(common.open_run(args, task, clip, title))]
     if processes()[1] > 1:
         dist.broadcast_object_list(folder, src=0)
     out = Path(folder[0])

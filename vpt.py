@@ -210,7 +210,7 @@ class PromptDistribution(torch.nn.Module):
         self.kind = kind
         self.scale = scale
         self.context = torch.nn.Parameter(context.clone())
-        D, W = clip.dim, clip.width
+        D, W = clip.model.visual.output_dim, clip.width
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
             torch.manual_seed(data.draw_seed(seed, "posterior"))
             if kind == "global":
@@ -451,7 +451,7 @@ def predict(
     # An image's logits and six copies of them; of the image posterior its own text features, too.
     floats = n_residuals * len(classnames) * 6
     if learner.kind == "image":
-        floats += n_residuals * len(classnames) * 3 * clip.dim
+        floats += n_residuals * len(classnames) * 3 * clip.model.visual.output_dim
     chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (4 * floats)))  # a quarter: the encoder needs it
     shared = text_features(x[:1]) if learner.kind == "global" else None
     rows = []
@@ -489,10 +489,8 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    if args.eval:
-        learner = read_learner(args.eval, args, clip)
-    else:
-        learner = train(args, clip, task, views, out)
+    trained = read_learner(args.eval, args, clip) if args.eval else None
+    learner = trained or train(args, clip, task, views, out)
     found = []
     for frozen in encoded:
         row = predict(learner, clip, frozen.test.classnames, frozen.x)
