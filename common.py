@@ -28,11 +28,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import UserError, flag, in_one_line, read_json, require, run, write  # noqa: F401
+from data import UserError, read_json, require, run, write  # noqa: F401
 
 CLIP_FLAGS = ("model", "pretrained", "device", "precision", "memory_gb")
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,8 +385,10 @@ def encode_images(
     cache = cache and args.cache_dir != "none"
     if cache and path.exists():
         return safetensors.torch.load_file(path, device=clip.device)["features"], labels
-    images = data.ImageSet(items, transform, args.seed, view)
-    batches = [batch.tolist() for batch in torch.arange(len(items)).split(256)]
+    images = data.ImageSet(items, transform, args.seed)
+    batches = [
+        batch.tolist() for batch in (torch.arange(len(items)) + view * len(items)).split(256)
+    ]
     loader = tqdm(
         data.image_loader(images, batches, args), "encode images", leave=False, disable=None
     )
@@ -555,6 +561,12 @@ DEFAULTS = {
     "workers": os.cpu_count() or 1,
     "cache_dir": "cache",
 }
+# Every number is at least 0; these are more than 0, or at most 1.
+POSITIVE = {"epochs", "batch_size", "lr", "memory_gb", "temperature", "n_ctx", "power", "shots"} | {
+    "accumulate",
+    "head_lr_factor",
+}
+AT_MOST_1 = {"momentum", "warmup", "ensemble", "wise_ft", "betas"}
 # How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
 # with --eval, "trained". A typed value must agree, but for "moved" and, with --eval, "tested".
 EARLIER = {
@@ -578,13 +590,11 @@ def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> da
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
-    own = parser.add_argument_group(method)
-    data.add_flags(parser)
-    groups = {name: parser.add_argument_group(name) for name in FLAGS}
     kinds = [DEFAULTS | defaults({"dataset": name}) for name in ("toy_", "dtd")]
-    for name, flags in {method: own_flags, **FLAGS}.items():
+    for name, flags in {method: own_flags, "data": data.FLAGS, **FLAGS}.items():
+        group = parser.add_argument_group(name)
         for option, details in flags.items():
-            groups.get(name, own).add_argument(option, **details)
+            group.add_argument(option, **details)
     for action in parser._actions:
         if action.dest in kinds[0] and not action.help.endswith("]"):
             toy, other = (str(kind.get(action.dest) or "none") for kind in kinds)
@@ -608,7 +618,7 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     for key in stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set()):
         found = f"{args.resume or args.eval} has {flag(key)} {stored[key]}"
         require(vars(args)[key] == stored[key], f"{found}: leave {flag(key)} out")
-    data.check_ranges(args)
+    check_ranges(args)
     settle_device(args)
     return args
 
@@ -633,6 +643,21 @@ def read_run(folder: str | Path) -> tuple[dict, dict]:
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
     config = read_json(path)
     return config["settings"], config
+
+
+def flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """UserError for a number that its flag cannot have."""
+    for key, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float):
+                most = 1 if key in AT_MOST_1 else 1e18
+                fits = 0 <= number <= most and (number > 0 or key not in POSITIVE)
+                least = "more than 0" if key in POSITIVE else "at least 0"
+                require(fits, f"{flag(key)} {number}: it must be {least}, at most {most:g}")
 
 
 def settle_device(args: argparse.Namespace) -> None:

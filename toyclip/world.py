@@ -460,9 +460,11 @@ TASKS = {
     ),  # never seen turned so far
     "toy_sceneshapes_grainyrotated": make_task("sceneshapes", {"style": "grainy", "angle": TURNED}),  # several at once
 }
-# Every class has its own scene, with probability `bias`: a shortcut that the two out-of-distribution parts take away.
+# Every class has its own scene, with the probability given here: a shortcut that the two out-of-distribution parts take
+# away. With 1/8 scene and class are independent: the same images, but for their scenes.
 BIASED = "toy_shapes_biased"
-TASKS[BIASED] = make_task("shapes", {"style": "grainy", "scale": SMALL}, train=40, val=40, background=60, style=60)
+SHORTCUT = {BIASED: 0.95, "toy_shapes_unbiased": 1 / len(SCENES)}
+TASKS |= dict.fromkeys(SHORTCUT, make_task("shapes", {"style": "grainy", "scale": SMALL}, train=40, val=40, background=60, style=60))
 BLOCK = 60  # images are drawn this many at a time, whoever asks for which: so an index always means the same image
 
 
@@ -487,32 +489,31 @@ def hidden_shortcut(labels, part, bias, generator):
 
 
 @lru_cache(maxsize=512)  # 184 kB each
-def task_block(name, part, block, bias):
+def task_block(name, part, block):
     """Images block * BLOCK and following of the part: (uint8 [60, 32, 32, 3], their factors)."""
     task = TASKS[name]
-    seed = hashlib.sha256(f"{name}/{part}/{block}".encode()).digest()[:8]
+    seed = hashlib.sha256(f"{BIASED if name in SHORTCUT else name}/{part}/{block}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
     labels = torch.arange(block * BLOCK, (block + 1) * BLOCK) % len(task.classes)
     fixed = task.domain | {key: torch.tensor([row[key] for row in task.classes])[labels] for key in task.classes[0]}
-    if bias is not None:
-        fixed |= hidden_shortcut(labels, part, bias, generator)
+    if name in SHORTCUT:
+        fixed |= hidden_shortcut(labels, part, SHORTCUT[name], generator)
     factors = sample_factors(BLOCK, generator, **fixed)
     return render(factors, generator).permute(0, 2, 3, 1).contiguous().numpy(), factors
 
 
-def task_images(name, part, indices, bias=0.95):
-    """The images with these indices: uint8 [n, 32, 32, 3]. bias is for toy_shapes_biased only."""
+def task_images(name, part, indices):
+    """The images with these indices: uint8 [n, 32, 32, 3]."""
     n_images = TASKS[name].parts[part] * len(TASKS[name].classnames)
     if any(not 0 <= index < n_images for index in indices):
         raise IndexError(f"{name}/{part} has images 0 to {n_images - 1}")
-    bias = float(bias) if name == BIASED else None
-    images = [task_block(name, part, index // BLOCK, bias)[0][index % BLOCK] for index in indices]
+    images = [task_block(name, part, index // BLOCK)[0][index % BLOCK] for index in indices]
     return np.stack(images) if images else np.empty((0, SIZE, SIZE, 3), np.uint8)
 
 
-def task_image(name, part, index, bias=0.95):
+def task_image(name, part, index):
     """One image: uint8 [32, 32, 3]."""
-    return task_images(name, part, [index], bias)[0]
+    return task_images(name, part, [index])[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
