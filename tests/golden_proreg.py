@@ -1,4 +1,4 @@
-"""Replay of proreg*: the losses on recorded logits, and proreg.py's own loop on the recorded step."""
+"""Replay of proreg*: losses on recorded logits, and proreg.py's own loop on the recorded step."""
 
 import argparse
 import contextlib

@@ -15,7 +15,6 @@ import golden_vpt
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from golden_world import FOLDER, HERE, GoldenWorld, Recording, close, load, world
 
 import common

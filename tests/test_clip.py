@@ -1,0 +1,197 @@
+"""Loading CLIPs: every kind of weights file, the activation, and what is refused."""
+
+import json
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from conftest import CONFIG, TEXT, VISION, tiny_model
+
+import common
+from data import UserError
+
+
+def has_quick_gelu(net) -> bool:
+    return any(type(module).__name__ == "QuickGELU" for module in net.modules())
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights under a name that open_clip knows."""
+    return tiny_model("tinyload", seed=3)
+
+
+def save_archive(model, path, notes=True):
+    """As OpenAI publishes: a TorchScript archive with numbers among the weights."""
+    if notes:
+        model.register_buffer("input_resolution", torch.tensor(32))
+        model.register_buffer("context_length", torch.tensor(77))
+        model.register_buffer("vocab_size", torch.tensor(49408))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(
+            torch.jit.trace_module(model, {"encode_image": torch.zeros(1, 3, 32, 32)}), path
+        )
+
+
+WRITERS = {
+    "x.safetensors": lambda m, p: safetensors.torch.save_file(m.state_dict(), p),
+    "x.pt": lambda m, p: torch.save(m.state_dict(), p),
+    "x.bin": lambda m, p: torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in m.state_dict().items()}, "epoch": 3}, p
+    ),
+}
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_local_files(model, file, tmp_path):
+    WRITERS[file](model, tmp_path / file)
+    clip = common.load_clip("tinyload", str(tmp_path / file))
+    for key, value in model.state_dict().items():
+        assert torch.equal(clip.model.state_dict()[key], value)
+    assert not clip.model.training and not has_quick_gelu(clip.model)
+    assert not any(p.requires_grad for p in clip.model.parameters())
+    assert clip.scale == model.logit_scale.double().exp().item()
+
+
+def test_openai_archive_is_quick_gelu(tmp_path):
+    model = tiny_model("tinyarchive", seed=4)
+    wanted = {key: value.clone() for key, value in model.state_dict().items()}
+    save_archive(model, tmp_path / "a.pt")
+    clip = common.load_clip("tinyarchive", str(tmp_path / "a.pt"))
+    assert has_quick_gelu(clip.model)
+    assert all(torch.equal(clip.model.state_dict()[key], wanted[key]) for key in wanted)
+
+
+def test_weights_have_one_fingerprint_in_every_file(model, tmp_path):
+    found = set()
+    for file, writer in WRITERS.items():
+        writer(model, tmp_path / file)
+        found.add(common.load_clip("tinyload", str(tmp_path / file)).weights)
+    assert len(found) == 1
+    other = tiny_model("tinyload", seed=5)
+    WRITERS["x.pt"](other, tmp_path / "other.pt")
+    assert common.load_clip("tinyload", str(tmp_path / "other.pt")).weights not in found
+
+
+def test_activation_follows_the_name_and_the_tag(model, tmp_path, monkeypatch):
+    WRITERS["x.pt"](model, tmp_path / "x.pt")
+    tiny_model("tinyload-quickgelu", config=CONFIG | {"quick_gelu": True})
+    assert has_quick_gelu(common.load_clip("tinyload-quickgelu", str(tmp_path / "x.pt")).model)
+    made = []
+
+    def create(name, force_quick_gelu, **source):
+        made.append((name, force_quick_gelu, source["pretrained"]))
+        return None
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    for name in ("ViT-B-16", "ViT-B-16-quickgelu"):
+        common.build_model(name, "openai")
+    common.build_model("ViT-B-16-quickgelu", "laion2b_s34b_b88k")
+    assert [(quick, tag) for _, quick, tag in made] == [
+        (True, "openai"),
+        (True, "openai"),
+        (False, "laion2b_s34b_b88k"),
+    ]
+    assert made[2][0] == "ViT-B-16"
+
+
+class Bomb:
+    """Unpickling this runs code."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_forged_files_run_nothing(tmp_path):
+    """A pickle that would run code: as a checkpoint, and dressed as a TorchScript archive."""
+    torch.save({"state_dict": Bomb()}, tmp_path / "evil.pt")
+    with zipfile.ZipFile(tmp_path / "forged.pt", "w") as archive:
+        for name in ("data.pkl", "constants.pkl"):
+            archive.writestr(f"forged/{name}", pickle.dumps(Bomb(), 2))
+        archive.writestr("forged/code/__torch__.py", "")
+        archive.writestr("forged/version", "3\n")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Bomb()))
+    tiny_model("tinyforged")
+    for file in ("evil.pt", "forged.pt", "evil.pkl"):
+        with pytest.raises(UserError, match="cannot load tinyforged"):
+            common.load_clip("tinyforged", str(tmp_path / file))
+        assert not Path("ran").exists()
+
+
+def test_other_models_are_told_by_their_shapes(model, tmp_path):
+    longer = VISION | {"image_size": 64}
+    other = tiny_model("tinylong", config=CONFIG | {"vision_cfg": longer})
+    WRITERS["x.pt"](other, tmp_path / "long.pt")
+    text = "long.pt holds another model than tinyload: see .*visual.positional_embedding"
+    with pytest.raises(UserError, match=text) as caught:
+        common.load_clip("tinyload", str(tmp_path / "long.pt"))
+    assert len(str(caught.value)) < 400
+    keys = {f"text_model.layer.{i}.weight": torch.zeros(2) for i in range(500)}
+    safetensors.torch.save_file(keys, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="transformers' format: name a file in open_clip's"):
+        common.load_clip("tinyload", str(tmp_path / "model.safetensors"))
+
+
+def test_unknown_names(tmp_path, caplog, capfd):
+    with pytest.raises(UserError, match="--model nonesuch is unknown to open_clip"):
+        common.load_clip("nonesuch")
+    with pytest.raises(UserError, match="'opnai' is no file and no tag of RN50: .*openai"):
+        common.load_clip("RN50", "opnai")
+    with pytest.raises(UserError, match="is no file and no tag of RN50"):
+        common.load_clip("RN50")
+    (tmp_path / "broken.pt").write_bytes(b"nothing")
+    tiny_model("tinybroken")
+    with pytest.raises(UserError, match="cannot load tinybroken"):
+        common.load_clip("tinybroken", str(tmp_path / "broken.pt"))
+    assert not caplog.records and capfd.readouterr().err == ""
+
+
+def test_hub_names_go_to_open_clip(model, tmp_path, monkeypatch):
+    """hf-hub:ORG/NAME, with its own configuration, preprocessing and tokenizer; local-dir: too."""
+    if not hasattr(open_clip.factory, "parse_model_name"):
+        pytest.skip("this open_clip has no local-dir:")
+    preprocess = {"mean": [0.1] * 3, "std": [0.2] * 3, "size": 32}
+    config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    clip = common.load_clip(f"local-dir:{tmp_path}")
+    assert torch.equal(clip.model.text_projection, model.text_projection)
+    assert clip.preprocess.transforms[-1].mean == [0.1] * 3
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda name, **kw: asked.append(name) or 1 / 0)
+    with pytest.raises(UserError, match="cannot load hf-hub:org/name"):
+        common.load_clip("hf-hub:org/name")
+    assert asked == ["hf-hub:org/name"]
+
+
+def test_towers_that_are_not_clips(tmp_path):
+    """SigLIP's kind: bidirectional, read at the last position."""
+    text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
+    model = tiny_model("tinysig", config=CONFIG | {"text_cfg": text, "custom_text": True})
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="tinysig has no text tower like CLIP's: causal"):
+        common.load_clip("tinysig", str(tmp_path / "x.pt"))
+
+
+def test_resnets_are_channels_last_and_toyclip_is_not(tmp_path, toyclip):
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    vision["head_width"] = 32
+    model = tiny_model("tinyresnet", config=CONFIG | {"vision_cfg": vision})
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    clip = common.load_clip("tinyresnet", str(tmp_path / "x.pt"))
+    weight = clip.model.visual.layer1[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert toyclip.model.visual.layer1[0].conv2.weight.is_contiguous()
+
+
+def test_toyclip_is_plain_open_clip(toyclip):
+    """Its token table is stored in full, so that open_clip reads the file as it is."""
+    net = open_clip.create_model("toyclip", pretrained=str(common.TOYCLIP / "weights.safetensors"))
+    assert torch.equal(net.token_embedding.weight, toyclip.model.token_embedding.weight)
+    assert has_quick_gelu(toyclip.model) and abs(toyclip.scale - 20.8) < 0.05

@@ -1,0 +1,583 @@
+"""data.py on small copies of every dataset's layout, and on folders that people have."""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import make_data
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import UserError
+
+HERE = Path(__file__).resolve().parent
+SPLITS = Path(os.environ.get("COOP_SPLITS", HERE.parents[1] / "shared" / "coop_splits"))
+
+
+def arguments(dataset, root="data", **changed) -> argparse.Namespace:
+    flags = {"dataset": str(dataset), "data_root": str(root), "download": False, "shots": 4}
+    flags |= {"seed": 1, "classes": "all", "test_on": [], "test_part": "test", "template": None}
+    flags |= {"train_domain": None, "test_domain": None, "cache_dir": "cache", "out_dir": None}
+    return argparse.Namespace(**flags | changed)
+
+
+def load(dataset, root="data", **changed) -> data.Task:
+    return data.load_task(arguments(dataset, root, **changed))
+
+
+def read(dataset, root="data", **changed) -> data.Found:
+    return data.read(str(dataset), arguments(dataset, root, **changed))
+
+
+def photos(root: Path, classes=("cat", "dog"), n=10, parts=("",)) -> Path:
+    """Images of a user's own, each with another content."""
+    for part in parts:
+        for cls in classes:
+            for i in range(n):
+                make_data.image(root / part / cls / f"{part}{i}.png")
+    return root
+
+
+def below(items, root) -> set[str]:
+    return {os.path.relpath(address, root) for address, _ in items}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for make in make_data.MAKERS:
+        make(root)
+    return root
+
+
+# --------------------------------------------------------------------------------------------------
+# The published datasets
+# --------------------------------------------------------------------------------------------------
+SIZES = {  # dataset: classes, train, val, test, other domains
+    "imagenet": (4, 40, 0, 12, 0),
+    "caltech101": (4, 20, 8, 12, 0),
+    "oxford_pets": (4, 20, 8, 12, 0),
+    "stanford_cars": (3, 15, 6, 9, 0),
+    "oxford_flowers": (3, 15, 6, 9, 0),
+    "food101": (3, 15, 6, 9, 0),
+    "fgvc_aircraft": (3, 15, 6, 9, 0),
+    "sun397": (3, 15, 6, 9, 0),
+    "dtd": (3, 15, 6, 9, 0),
+    "eurosat": (4, 20, 8, 12, 0),
+    "ucf101": (3, 15, 6, 9, 0),
+    "imagenetv2": (4, 0, 0, 8, 0),
+    "imagenet_sketch": (4, 0, 0, 8, 0),
+    "imagenet_a": (3, 0, 0, 6, 0),
+    "imagenet_r": (3, 0, 0, 6, 0),
+    "bar": (3, 24, 3, 3, 30),
+    "nico_animal": (2, 48, 6, 6, 40),
+    "nico_vehicle": (2, 48, 6, 6, 40),
+    "pacs": (3, 81, 9, 9, 30),
+    "domainnet": (3, 18, 3, 9, 27),
+}
+
+
+@pytest.mark.parametrize("name", data.SOURCES)
+def test_every_dataset(name, everything):
+    found = read(name, everything)
+    counts = [len(found.parts[part]) for part in ("train", "val", "test")]
+    others = sum(map(len, found.ood.values()))
+    if name == "pacs":  # its lists give the parts: 3 domains, 9 and 1 of 10; test_kfold is the OOD
+        assert (len(found.classnames), counts[1], others) == (3, 9, 30)
+        assert counts[0] + counts[2] == 81
+        return
+    if name == "nico_animal" or name == "nico_vehicle":  # 2 of 5 contexts are held out
+        assert (sum(counts), others) == (60, 40)
+        return
+    assert (len(found.classnames), *counts, others) == SIZES[name]
+    for part in found.parts.values():
+        assert all(os.path.isfile(address) for address, _ in part)
+
+
+def test_names_and_templates(everything):
+    assert read("caltech101", everything).classnames == ["face", "leopard", "accordion", "airplane"]
+    assert read("fgvc_aircraft", everything).classnames == ["707-320", "A310", "Cessna 172"]
+    assert read("bar", everything).classnames == ["climbing", "diving", "pole vaulting"]
+    names = read("domainnet", everything).classnames
+    assert names == ["aircraft_carrier", "t-shirt", "The_Mona_Lisa"]  # sorted without case
+    pets = load("oxford_pets", everything)
+    assert pets.template == "a photo of a {}, a type of pet."
+    assert pets.teacher_template == "a type of pet, a photo of a {}."
+    assert load("oxford_pets", everything, template="my {}").teacher_template == "my {}"
+
+
+def test_domains_of_flags(everything):
+    task = load("pacs", everything, test_domain=["sketch"])
+    assert [test.domain for test in task.tests] == ["", "sketch"]
+    assert all("sketch/" not in address for address, _ in task.train)
+    with pytest.raises(UserError, match="trains on .*'moon'"):
+        load("pacs", everything, test_domain=["moon"])
+
+
+def test_pacs_without_its_lists(tmp_path):
+    """A fixed split of 80/10/10 for each class, said in a note; BAR with an assets folder."""
+    make_data.pacs(tmp_path, lists=False)
+    found = read("pacs", tmp_path)
+    assert [len(found.parts[part]) for part in ("train", "val", "test")] == [72, 9, 9]
+    assert any("lists are not there" in note for note in found.notes)
+    assert any("split: ours, 10% val, 10% test" in note for note in found.notes)
+
+
+def test_imagenet_names(everything, tmp_path):
+    """classnames.txt where it is there, else open_clip's for the WordNet ids; a note says which."""
+    found = read("imagenet", everything)
+    assert found.classnames == ["tench", "tabby cat", "missile", "missile"]
+    assert any("classnames.txt" in note for note in found.notes)
+    assert any("one prompt" in note for note in found.notes)  # two missiles: its own list has them
+    shutil.copytree(everything / "imagenet", tmp_path / "imagenet")
+    (tmp_path / "imagenet/classnames.txt").unlink()
+    shutil.rmtree(tmp_path / "imagenet/images/train/n03773504")
+    shutil.rmtree(tmp_path / "imagenet/images/val/n03773504")
+    found = read("imagenet", tmp_path)
+    assert found.classnames == ["tench", "tabby cat", "missile"] or "projectile" in str(found)
+    assert any("open_clip" in note for note in found.notes)
+    photos(tmp_path / "own", ["n01440764", "n02123045"])
+    assert read(f"folder:{tmp_path}/own").classnames == ["tench", "tabby cat"]
+
+
+def test_missing_data_says_what_to_do(tmp_path, everything):
+    with pytest.raises(UserError, match=r"dtd: no images in .*dtd/images .*: add --download"):
+        read("dtd", tmp_path)
+    with pytest.raises(UserError, match="link is dead.*cars_train"):
+        read("stanford_cars", tmp_path, download=True)
+    with pytest.raises(UserError, match="link is dead.*SUN397.tar.gz"):
+        read("sun397", tmp_path, download=True)
+    with pytest.raises(UserError, match="no dataset is called 'dtdd'"):
+        read("dtdd", tmp_path)
+    make_data.dtd(tmp_path, split=False)
+    with pytest.raises(FileNotFoundError, match="DATASETS.md") as caught:
+        read("dtd", tmp_path)
+    assert str(caught.value.filename).endswith("dtd/split_zhou_DescribableTextures.json")
+    with pytest.raises(UserError, match="for testing only"):
+        load("imagenet_a", everything)
+
+
+def test_split_file_is_fetched(tmp_path, monkeypatch):
+    make_data.dtd(tmp_path)
+    file = tmp_path / "dtd/split_zhou_DescribableTextures.json"
+    content = file.read_bytes()
+    file.unlink()
+    asked = []
+
+    class Answer:
+        def read(self):
+            return content
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda url: asked.append(url) or Answer())
+    assert len(read("dtd", tmp_path, download=True).parts["train"]) == 15
+    assert asked == [data.SPLITS + file.name] and file.read_bytes() == content
+
+
+WRONG_SPLITS = {
+    "no JSON": lambda s: "{",
+    'has no list "val"': lambda s: json.dumps({"train": s["train"]}),
+    "is not .path, label": lambda s: json.dumps(s | {"val": [["a.jpg", "1", "x"]]}),
+    "leaves the image folder": lambda s: json.dumps(s | {"val": [["../x.jpg", 0, "banded"]]}),
+    "is missing": lambda s: json.dumps(s | {"val": [["banded/99.jpg", 0, "banded"]]}),
+    "this label is": lambda s: json.dumps(s | {"val": [["banded/0.jpg", 0, "striped"]]}),
+    "labels must be 0, 1, 2": lambda s: json.dumps(
+        {part: [[p, y + 1, c] for p, y, c in rows] for part, rows in s.items()}
+    ),
+    "trained and tested on": lambda s: json.dumps(s | {"test": s["train"]}),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_SPLITS)
+def test_wrong_split_file(fault, tmp_path):
+    make_data.dtd(tmp_path)
+    file = tmp_path / "dtd/split_zhou_DescribableTextures.json"
+    file.write_text(WRONG_SPLITS[fault](json.loads(file.read_text())))
+    with pytest.raises(UserError, match=fault):
+        read("dtd", tmp_path)
+
+
+def test_split_file_oddities(tmp_path):
+    """Back slashes are read as "/"; one image twice is a note."""
+    make_data.dtd(tmp_path)
+    file = tmp_path / "dtd/split_zhou_DescribableTextures.json"
+    split = json.loads(file.read_text())
+    split["val"] += [[split["train"][0][0].replace("/", "\\"), *split["train"][0][1:]]]
+    file.write_text(json.dumps(split))
+    found = read("dtd", tmp_path)
+    assert len(found.parts["val"]) == 7
+    assert "1 images are named twice, under other labels or parts" in found.notes
+
+
+# --------------------------------------------------------------------------------------------------
+# CoOp's few-shot draw
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not SPLITS.is_dir(), reason="set COOP_SPLITS to the folder of published lists")
+@pytest.mark.parametrize("name", ["Caltech101", "DescribableTextures", "OxfordPets"])
+def test_published_draws(name):
+    split = json.loads((SPLITS / f"split_zhou_{name}.json").read_text())
+    items = {part: [(path, label) for path, label, _ in rows] for part, rows in split.items()}
+    known = {"DescribableTextures": "dtd", "OxfordPets": "oxford_pets", "Caltech101": "caltech101"}
+    files = sorted(SPLITS.glob(f"fewshot_{known[name]}-*.json"))
+    assert len(files) == 9
+    for file in files:
+        shots, seed = (int(part.split("_")[1]) for part in file.stem.split("-")[1:])
+        train, val = data.fewshot(items["train"], items["val"], shots, seed)
+        published = json.loads(file.read_text())
+        for ours, part in ((train, "train"), (val, "val")):
+            paths = [row if isinstance(row, str) else row[0] for row in published[part]]
+            assert [path for path, _ in ours] == paths, (file.name, part)
+
+
+def test_draw_is_a_function_of_the_seed():
+    items = [(f"{i}.jpg", i % 3) for i in range(30)]
+    state = random.getstate()
+    first = data.fewshot(items, items, 4, seed=2)
+    assert first == data.fewshot(items, items, 4, seed=2) != data.fewshot(items, items, 4, seed=3)
+    assert random.getstate() == state
+    assert [len(part) for part in first] == [12, 12]
+    assert data.fewshot(items[:2], [], 4, 1) == (items[:2], [])
+    assert data.fewshot(items, items, "all", 1) == (items, items)
+
+
+def test_batches():
+    order = data.batches(10, 4, seed=1, epoch=0)
+    assert [len(batch) for batch in order] == [4, 4]  # the partial batch goes
+    assert len(data.batches(3, 4, 1, 0)[0]) == 3  # unless there is no full one
+    assert len(data.batches(10, 2, 1, 0, max_steps=3)) == 3
+    assert not torch.equal(order[0], data.batches(10, 4, 1, 1)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Your own images
+# --------------------------------------------------------------------------------------------------
+def test_folder_with_classes(tmp_path):
+    photos(tmp_path, n=10)
+    task = load(f"folder:{tmp_path}")
+    assert task.classnames == ["cat", "dog"] and len(task.train) == 8
+    assert len(task.tests[0].items) == 6
+    assert any(note.startswith("split: ours, 50% train, 20% val") for note in task.notes)
+    assert task.split == hashlib.sha1("\n".join(task.lines).encode()).hexdigest()
+
+
+def test_folder_with_parts_in_any_spelling(tmp_path):
+    photos(tmp_path, n=3, parts=("Train", "Validation", "TEST"))
+    found = read(f"folder:{tmp_path}")
+    assert [len(found.parts[part]) for part in ("train", "val", "test")] == [6, 6, 6]
+    assert found.classnames == ["cat", "dog"]
+
+
+def test_folder_with_train_and_val_only(tmp_path):
+    photos(tmp_path, n=3, parts=("train", "val"))
+    found = read(f"folder:{tmp_path}")
+    assert len(found.parts["test"]) == 6 and "its val is the test part" in found.notes
+
+
+def test_folder_with_other_test_sets(tmp_path):
+    photos(tmp_path, n=10)
+    photos(tmp_path / "ood/night", n=2)
+    task = load(f"folder:{tmp_path}")
+    assert [(test.domain, len(test.items)) for test in task.tests] == [("", 2), ("night", 4)]
+
+
+def test_domains(tmp_path):
+    photos(tmp_path, n=10, parts=("sun", "rain", "snow"))
+    task = load(f"domains:{tmp_path}", test_domain=["snow"])
+    assert [test.domain for test in task.tests] == ["", "snow"]
+    with pytest.raises(UserError, match="name --train-domain or --test-domain, of rain, snow, sun"):
+        load(f"domains:{tmp_path}")
+
+
+MIXED = {  # folders below the root, with class folders of images in them: what is said
+    ("train", "."): "holds 'train', a part, and",
+    ("train",): "needed are one train and one test",
+    ("train", "test", "val", "valid"): "needed are one train and one test",
+    ("val", "test"): "needed are one train and one test",
+}
+
+
+@pytest.mark.parametrize("parts", MIXED)
+def test_mixed_folders_are_refused(parts, tmp_path):
+    photos(tmp_path, n=3, parts=parts)
+    with pytest.raises(UserError, match=MIXED[parts]):
+        read(f"folder:{tmp_path}")
+
+
+def test_class_in_one_part_only(tmp_path):
+    photos(tmp_path, n=3, parts=("train", "test"))
+    photos(tmp_path, ["owl"], n=3, parts=("test",))
+    with pytest.raises(UserError, match="class .'owl'. has no training image: add one, or remove"):
+        read(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_too_few_images(n, tmp_path):
+    photos(tmp_path, n=n)
+    with pytest.raises(UserError, match=f"{n} images of class 'cat' cannot be split.*: 4 are"):
+        read(f"folder:{tmp_path}")
+
+
+def test_one_class_and_small_halves(tmp_path):
+    photos(tmp_path / "one", ["cat"])
+    with pytest.raises(UserError, match="there is one class, .'cat'.: two are needed"):
+        read(f"folder:{tmp_path}/one")
+    photos(tmp_path / "three", ["cat", "dog", "owl"])
+    with pytest.raises(UserError, match="3 classes have no base and new half"):
+        load(f"folder:{tmp_path}/three", classes="base")
+
+
+def test_split_hangs_on_nothing_but_names(tmp_path, monkeypatch):
+    """Not on how the path is spelt, nor on where it is; an added image moves next to no other."""
+    photos(tmp_path / "photos", n=30)
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    shutil.copytree(tmp_path / "photos", tmp_path / "elsewhere/other")
+    monkeypatch.chdir(tmp_path)
+    spellings = ["photos", "photos/", "./photos", "link", "elsewhere/other", tmp_path / "photos"]
+    found = [read(f"folder:{spelling}") for spelling in spellings]
+    parts = [below(f.parts["test"], f.root) for f in found]
+    assert all(part == parts[0] for part in parts) and len(parts[0]) == 18
+    make_data.image(tmp_path / "photos/cat/new.png")
+    later = below(read("folder:photos").parts["test"], "photos")
+    assert len(parts[0] - later) <= 1
+
+
+def test_one_image_under_two_paths(tmp_path):
+    """Links are followed: never trained and tested on; two labels are a note."""
+    photos(tmp_path / "a", n=3, parts=("train", "test"))
+    (tmp_path / "a/test/cat/link.png").symlink_to(tmp_path / "a/train/cat/train0.png")
+    with pytest.raises(UserError, match="is to be trained and tested on: remove one"):
+        read(f"folder:{tmp_path}/a")
+    photos(tmp_path / "b", n=3, parts=("train", "test"))
+    (tmp_path / "b/train/dog/link.png").symlink_to(tmp_path / "b/train/cat/train0.png")
+    assert (
+        "1 images are named twice, under other labels or parts"
+        in read(f"folder:{tmp_path}/b").notes
+    )
+
+
+def test_link_loops_end(tmp_path):
+    photos(tmp_path, n=5)
+    (tmp_path / "cat/again").symlink_to(tmp_path)
+    assert len(read(f"folder:{tmp_path}").parts["train"]) == 4
+
+
+def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
+    photos(tmp_path, n=5)
+    for name in ("cat/phone.HEIC", "cat/noending", "beside.png", "cat/.hidden.png", ".git/x.png"):
+        make_data.text(tmp_path / name, [""])
+    photos(tmp_path, ["cache", "runs"], n=5)
+    monkeypatch.chdir(tmp_path)
+    (note,) = [note for note in read("folder:.").notes if "left out" in note]
+    assert "1 (.HEIC)" in note and "1 (no ending)" in note and "1 (no class folder)" in note
+    assert "3 (hidden or own folders)" in note
+    assert read("folder:.").classnames == ["cat", "dog"]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a class is called
+# --------------------------------------------------------------------------------------------------
+def test_classnames_file(tmp_path):
+    """Only a tab separates: "dog" must not take the line of "dog house"."""
+    photos(tmp_path, ["dog", "dog house"])
+    make_data.text(tmp_path / "classnames.txt", ["dog house\tkennel", "dog\tpuppy"])
+    assert read(f"folder:{tmp_path}").classnames == ["puppy", "kennel"]
+    for lines in (
+        ["dog house kennel", "dog puppy"],
+        ["dog,puppy", "dog house,kennel"],
+        ["dog\tpuppy", "dog hut\tkennel"],
+        ["dog\tpuppy", "dog\twolf", "dog house\tkennel"],
+        ["dog\tpuppy"],
+    ):
+        make_data.text(tmp_path / "classnames.txt", lines)
+        with pytest.raises(UserError, match="classnames.txt: "):
+            read(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("a_b", "a b"), ("cat", "cat "), ("_", "dog")])
+def test_names_that_are_one_prompt(names, tmp_path):
+    photos(tmp_path, names)
+    with pytest.raises(UserError, match="have one prompt, or no name: rename one"):
+        read(f"folder:{tmp_path}")
+
+
+def test_unicode_spellings_are_one_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    photos(tmp_path, [composed, "bar"], n=3, parts=("train",))
+    photos(tmp_path, [decomposed, "bar"], n=3, parts=("test",))
+    found = read(f"folder:{tmp_path}")
+    assert found.classnames == ["bar", composed]
+    assert {label for _, label in found.parts["test"]} == {0, 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_folder_that_is_not_utf8(tmp_path):
+    photos(tmp_path, ["cat"])
+    os.makedirs(os.fsencode(tmp_path) + b"/caf\xe9")
+    for i in range(4):
+        name = os.fsencode(tmp_path) + b"/caf\xe9/%d.png" % i
+        shutil.copy(tmp_path / f"cat/{i}.png", os.fsdecode(name))
+    with pytest.raises(UserError, match="not UTF-8: name it in classnames.txt"):
+        read(f"folder:{tmp_path}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags, and runs that come later
+# --------------------------------------------------------------------------------------------------
+def test_template_and_unknown_part(tmp_path):
+    photos(tmp_path)
+    for template in ("a photo", "{} and {}", "{} {x}"):
+        with pytest.raises(UserError, match="needs one {}"):
+            load(f"folder:{tmp_path}", template=template)
+    with pytest.raises(UserError, match="is no folder"):
+        load(f"folder:{tmp_path}/nothing")
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    photos(tmp_path / "photos")
+    assert len(load("folder:~/photos").classnames) == 2
+
+
+def test_base_and_new(everything):
+    task = load("eurosat", everything, classes="base", test_on=["dtd"])
+    assert task.classnames == ["Annual Crop Land", "Forest"]
+    found = [(t.name, t.classes, len(t.classnames), len(t.items)) for t in task.tests]
+    assert found == [("eurosat", "base", 2, 6), ("eurosat", "new", 2, 6), ("dtd", "all", 3, 9)]
+    assert {label for _, label in task.tests[1].items} == {0, 1}
+
+
+def test_tested_images_that_were_trained_on(tmp_path):
+    photos(tmp_path, n=10)
+    task = load(f"folder:{tmp_path}", shots="all")
+    assert data.trained_on(task, task.lines) == 0
+    tested = [f"{data.below(path, task.root)}\t0" for path, _ in task.tests[0].items[:3]]
+    assert data.trained_on(task, task.lines + tested) == 3
+
+
+def test_toy_tasks():
+    task = load("toy_shapes_biased", shots="all")
+    assert [len(test.items) for test in task.tests] == [720, 720, 720]
+    same = data.read_image("toy:toy_shapes_unbiased/style/3")
+    assert np.array_equal(same, data.read_image("toy:toy_shapes_biased/style/3"))
+    train = [np.array(data.read_image(f"toy:{n}/train/3")) for n in data.world.SHORTCUT]
+    assert train[0].shape == (32, 32, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------
+def test_modes_are_read_right(tmp_path):
+    grey = np.full((4, 4), 0.5, np.float32)
+    Image.fromarray(grey).save(tmp_path / "float.tif")
+    assert np.array(data.read_image(str(tmp_path / "float.tif"))).tolist()[0][0] == [128] * 3
+    Image.fromarray(np.full((4, 4), 32768, np.uint16)).save(tmp_path / "deep.png")
+    assert np.array(data.read_image(str(tmp_path / "deep.png"))).tolist()[0][0] == [128] * 3
+    palette = Image.new("RGB", (4, 4), (200, 30, 30)).convert("P")
+    palette.save(tmp_path / "palette.gif")
+    red = np.array(data.read_image(str(tmp_path / "palette.gif")))[0, 0]
+    assert abs(red.astype(int) - [200, 30, 30]).max() < 30
+    turned = Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_image(str(tmp_path / "turned.jpg")).size == (2, 4)
+
+
+def test_damaged_exif_does_not_cost_the_photo(tmp_path):
+    Image.new("RGB", (4, 2), "red").save(
+        tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
+    )
+    assert data.read_image(str(tmp_path / "x.jpg")).size == (4, 2)
+
+
+def test_images_that_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 7, np.float32)).save(tmp_path / "range.tif")
+    Image.new("1", (30000, 1)).save(tmp_path / "thin.png")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name, text in (("range.tif", "scale them"), ("thin.png", "200 times"), ("empty.jpg", "")):
+        with pytest.raises(UserError, match=f"{tmp_path}/{name}: .*{text}"):
+            data.read_image(str(tmp_path / name))
+
+
+def test_views_are_functions_of_seed_view_and_position(tmp_path):
+    photos(tmp_path, n=2)
+    items = read(f"domains:{photos(tmp_path / 'd', n=4, parts=('a', 'b'))}", test_domain=["b"])
+    items = items.parts["train"]
+    transform = lambda image: torch.rand(2)  # noqa: E731
+    images, n = data.ImageSet(items, transform, seed=3), len(items)
+    first = images[1][0]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert torch.equal(images[1][0], first) and not torch.equal(images[1 + n][0], first)
+    assert images[1 + n][2] == 1 and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(data.ImageSet(items, transform, seed=4)[1][0], first)
+
+
+def test_loader_workers_by_spawn(tmp_path):
+    """Windows and macOS start workers anew: everything they need must be importable."""
+    photos(tmp_path, n=4)
+    items = [(str(tmp_path / "cat/0.png"), 0)] * 8
+    images = data.ImageSet(items, data.train_transform(to_tensor, "none"))
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=4, num_workers=1, multiprocessing_context="spawn"
+    )
+    assert [len(labels) for _, labels, _ in loader] == [4, 4]
+
+
+def to_tensor(image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+def test_command_lists_what_is_there(everything, capsys):
+    data.main(["--data-root", str(everything)])
+    out = capsys.readouterr().out
+    assert all(name in out for name in [*data.world.TASKS, *data.SOURCES])
+    assert "dtd                            3 classes; 15 train, 6 val, 9 test" in out
+
+
+def test_command_checks_images(tmp_path, capsys):
+    photos(tmp_path)
+    data.main(["--dataset", f"folder:{tmp_path}", "--check-images"])
+    assert "all images can be read" in capsys.readouterr().out
+    for name in ("cat/3.png", "dog/4.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match="2 images are broken"):
+        data.main(["--dataset", f"folder:{tmp_path}", "--check-images"])
+    out = capsys.readouterr().out
+    assert "cat/3.png: " in out and "dog/4.png: " in out
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (UserError("x\ny"), 2, "error: x y"),
+        (FloatingPointError("not finite"), 1, "error: not finite"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left", "/a/b"), 1, "error: /a/b: No space left"),
+        (FileNotFoundError(2, "No such file", "/a/b"), 2, "error: /a/b: No such file"),
+        (RuntimeError("unable to open shared memory object"), 2, "--workers 0, or docker"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+    ],
+)
+def test_errors_are_one_line(error, status, text, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        data.run(main)
+    assert stopped.value.code == status
+    err = capsys.readouterr().err
+    assert text in err and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="ours"):  # a fault of ours keeps its traceback
+        data.run(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
