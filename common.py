@@ -618,6 +618,8 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     for key in stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set()):
         found = f"{args.resume or args.eval} has {flag(key)} {stored[key]}"
         require(vars(args)[key] == stored[key], f"{found}: leave {flag(key)} out")
+    if args.model == "toyclip" and "pretrained" not in first:  # also on your own images
+        args.pretrained = None
     check_ranges(args)
     settle_device(args)
     return args

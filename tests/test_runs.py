@@ -1,4 +1,4 @@
-"""Runs of the three scripts: settings, folders, resume after a kill, evaluation, what is refused."""
+"""Runs of the three scripts: settings, folders, resume after a kill, evaluation, refusals."""
 
 import argparse
 import contextlib
@@ -90,11 +90,7 @@ def test_help_fits_on_two_screens(name, capsys):
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     assert len(out.splitlines()) <= 80 and max(map(len, out.splitlines())) <= 110
-    own = (
-        out.index(f"{name}:" if name == "vpt" else "ProGrad:" if name == "prograd" else "ProReg:")
-        if (name != "vpt")
-        else out.index("VPT:")
-    )
+    own = out.index({"prograd": "ProGrad:", "vpt": "VPT:", "proreg": "ProReg:"}[name] + "\n")
     assert own < out.index("data:") < out.index("run:")
     assert "[toy " in out
 
@@ -304,29 +300,17 @@ def test_data_that_changed(tmp_path):
         prograd.main(["--resume", "here"])
     (tmp_path / "photos/green star").rename(tmp_path / "photos/red circle")
     assert figures(prograd.main(["--resume", "here"])) == figures(trained)
-    seen = [line.rpartition("\t")[0] for line in data_lines("here")]
-    (tmp_path / "moved").mkdir()
-    for part in ("train", "test"):
-        for path in seen:
-            make_data.image(tmp_path / "moved" / part / path)
     result = prograd.main(["--eval", "here", "--test-part", "val"])
     assert not any("trained on by" in note for note in result["notes"])
     config = json.loads(Path("here/config.json").read_text())
-    tested = [data.below(a, str(tmp_path / "photos")) for a, _ in test_items(flags)]
+    tested = [data.below(a, str(tmp_path / "photos")) for a, _ in tested_items(flags)]
     config["train"] += [f"{path}\t0" for path in tested[:2]]
     Path("here/config.json").write_text(json.dumps(config))
     notes = prograd.main(["--eval", "here"])["notes"]
     assert "2 test images were trained on by here" in notes
 
 
-def data_lines(folder: str) -> list[str]:
-    return json.loads(Path(folder, "config.json").read_text())["train"]
-
-
-def test_items(flags=None):
-    """(Not a test of its own: the test images of own_images.)"""
-    if flags is None:
-        return []
+def tested_items(flags: list[str]) -> list:
     args = common.settle(prograd.build_parser(), flags, "prograd", prograd.defaults)
     return data.load_task(args).tests[0].items
 
@@ -364,7 +348,6 @@ def test_weights_that_changed(tmp_path):
         ("--device cuda:7", "--device cuda:7: here it can be"),
         ("--precision fp16", "--precision fp16 is for GPUs"),
         ("--csc", "--csc has no context for classes outside training"),
-        ("--n-ctx 2 --template {}", ""),
         ("--n-ctx 2", "'a photo of a {}.' has 4 tokens: use --n-ctx 4 or more"),
         ("--model RN51", "--model RN51 is unknown"),
         ("--cache-dir afile", "--cache-dir afile is a file: name a folder"),
@@ -373,8 +356,6 @@ def test_weights_that_changed(tmp_path):
 )
 def test_bad_values(flags, text, capsys):
     Path("afile").write_text("")
-    if not text:
-        return
     with pytest.raises(SystemExit) as stopped:
         data.run(lambda: prograd.main(flags.split()))
     err = capsys.readouterr().err
@@ -463,10 +444,10 @@ def test_no_step_waits(name, more):
     if more and more[0] not in {a.option_strings[0] for a in SCRIPTS[name].build_parser()._actions}:
         pytest.skip("another script's flag")
     counts = []
-    for steps in ("2", "8"):
-        flags = ["--epochs", "2", "--batch-size", "4", "--max-steps", steps, "--no-compare"]
-        flags += ["--shots", "16"] + more
+    for steps in ("1", "2", "8"):  # the first run encodes the images
+        flags = ["--epochs", "1", "--batch-size", "4", "--max-steps", steps, "--no-compare"]
+        flags += ["--shots", "4"] + more
         with Waits() as waits:
             run(name, *flags, "--out-dir", f"s{steps}")
         counts.append(waits.count)
-    assert counts[0] == counts[1]
+    assert counts[1] == counts[2]
