@@ -139,14 +139,13 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     WHY not open_clip's loader: it resizes position embeddings of another size without a word.
     """
     try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-        notes = ("input_resolution", "context_length", "vocab_size")  # numbers, not weights
-        return {key: value for key, value in state.items() if key not in notes}, True
-    except RuntimeError:  # no archive
-        state = open_clip.factory.load_state_dict(path)  # reads with weights_only
+        state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
+    except RuntimeError:  # no archive; what follows reads with weights_only
+        state, archive = open_clip.factory.load_state_dict(path), False
     foreign = any(key.startswith(("text_model.", "vision_model.")) for key in state)
     require(not foreign, f"{path} is in transformers' format: name a file in open_clip's, or a tag")
-    return state, False
+    notes = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # no weights
+    return {key: value for key, value in state.items() if not key.endswith(notes)}, archive
 
 
 def load_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], fault: str) -> None:
