@@ -573,7 +573,7 @@ EARLIER = {
     "trained": {"memory_gb", "precision", "compare", "eval_every"},
     "moved": {"data_root", "pretrained"},
     "tested": {"dataset", "shots", "seed", "classes", "test_on", "test_part", "template"}
-    | {"train_domain", "test_domain"},
+    | {"train_domain", "test_domain", "ensemble", "wise_ft"},
 }
 
 
