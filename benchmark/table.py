@@ -21,6 +21,7 @@ from data import require
 # What may differ between the runs of a row.
 FREE = {"seed", "out_dir", "resume", "eval", "workers", "cache_dir", "data_root", "download"}
 FREE |= {"device", "compare", "memory_gb"}
+KIND = ("method", "dataset", "shots")  # a row's name; what else differs among such rows follows
 
 
 def read_results(folders: list[str]) -> dict[str, list[dict]]:
@@ -37,13 +38,12 @@ def read_results(folders: list[str]) -> dict[str, list[dict]]:
         settings = json.loads(key)
         seeds = [result["settings"]["seed"] for result in results]
         twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-        require(
-            not twice, f"seed {twice} is there twice in runs with equal settings: name one each"
-        )
-        differ = [k for k in settings if any(json.loads(o).get(k) != settings[k] for o in rows)]
-        name = f"{settings['method']} {settings['dataset']} {settings['shots']} shots"
-        more = [f"{k} {settings[k]}" for k in differ if k not in ("method", "dataset", "shots")]
-        named[" ".join([name, *sorted(more)])] = results
+        require(not twice, f"seed {twice[:1]} is there twice in runs with equal settings")
+        what = [settings[k] for k in KIND]
+        alike = [o for o in map(json.loads, rows) if [o[k] for k in KIND] == what]
+        differ = [k for k in settings if any(o.get(k) != settings[k] for o in alike)]
+        more = [f"{k} {settings[k]}" for k in sorted(differ)]
+        named[" ".join(["{} {} {} shots".format(*what), *more])] = results
     return named
 
 
@@ -148,7 +148,7 @@ def against_shots(rows: dict[str, list[dict]]) -> dict[str, list[tuple]]:
             values = [r["tests"][0][kind]["accuracy"] for r in results if r["tests"][0][kind]]
             if values and shots != "all":
                 error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                name = f"{results[0]['method']} {kind}".replace("_", "-")
+                name = f"{results[0]['settings']['method']} {kind}".replace("_", "-")
                 lines[name].append((shots, statistics.mean(values), error))
     require(lines, "--plot draws accuracy against shots: name runs of few shots")
     return {name: sorted(line) for name, line in lines.items()}

@@ -22,16 +22,17 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))  # finds table.py
-sys.path.insert(0, str(ROOT))  # finds the scripts
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # finds table.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
+import table
+
 import common
 import data
 import prograd
 import proreg
-import table
 import vpt
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "toy"
 SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
 PROMPT_TASKS = [name for name in data.world.TASKS if name not in data.world.SHORTCUT]
@@ -91,6 +92,7 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
     """One run in a folder that is thrown away → what is kept of it."""
     script, what, flags = job
     torch.set_num_threads(1)
+    flags = [*flags, "--workers", "0"]  # a pool's processes may not start others
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
         cache = str(Path(tempfile.gettempdir(), "toy-study-cache"))
@@ -265,8 +267,8 @@ START = {"prograd": "initial_context", "vpt": "initial_context", "proreg": "comm
 def stable() -> None:
     """Print by how many images each accuracy of a default run moves."""
     cases = [(f"start × (1 + 1e-6 noise {d})", d, {}) for d in (1, 2, 3)]
-    cases += [(name, 0, dict(zip(("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA"), values)))
-              for name, values in KERNELS.items()]  # fmt: skip
+    names = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
+    cases += [(name, 0, dict(zip(names, values))) for name, values in KERNELS.items()]
     for script, start in START.items():
         code = SHAKEN.format(script=script, start=start)
         first = None
