@@ -11,7 +11,7 @@ prediction is the average over the region, and where its prompts disagree the mo
 
 Equations (numbered by this file: the paper could not be read in full)
     Eq. 1   p(c | x, r) = softmax over c of s cos(f(x), t_c(r))                        prompted CLIP
-            t_c(r) = the text encoder's feature of [SOS, v_1 + u r .. v_M + u r, name of c, ".", EOT]
+            t_c(r) = the text encoder's feature of [SOS, v_1 + u r .. v_M + u r, name, ".", EOT]
     Eq. 2  q(r) = N(μ, diag σ²);  global: μ, log σ² are learned;  image: networks of f(x)  posterior
     Eq. 3   r_l = μ + σ ε_l,   ε_l ~ N(0, I),   l = 1 .. L                                   samples
     Eq. 4   KL(q | N(0, I)) as a mean over W dimensions: mean of (μ² + σ² - 1 - log σ²) / 2    prior

@@ -30,7 +30,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds toyclip/ when this file is run as a script
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # finds toyclip/ when this file is run as a script
 from toyclip import world
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +65,9 @@ class Tokens:
             sequence = [self.row[self.start]]
             for piece in text.split():
                 if piece not in self.rows_of_piece:
-                    self.rows_of_piece[piece] = [self.row[token] for token in self.tokenizer.encode(piece)]
+                    self.rows_of_piece[piece] = [
+                        self.row[token] for token in self.tokenizer.encode(piece)
+                    ]
                 sequence += self.rows_of_piece[piece]
             sequences.append(torch.tensor([*sequence, self.row[self.end]]))
         rows = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
@@ -78,7 +82,9 @@ def make_easier(factors, share, generator):
     """
     n, device = len(factors["shape"]), generator.device
     easy = torch.rand(n, generator=generator, device=device) < share
-    calm = torch.tensor([world.SCENES.index(scene) for scene in ("snow", "night", "sky", "grass")], device=device)
+    calm = torch.tensor(
+        [world.SCENES.index(scene) for scene in ("snow", "night", "sky", "grass")], device=device
+    )
     scene = calm[torch.randint(0, 4, (n,), generator=generator, device=device)]
     scale = 0.38 + 0.08 * torch.rand(n, generator=generator, device=device)
     photo, plain = world.STYLES.index("photo"), world.FILLS.index("plain")
@@ -122,7 +128,9 @@ def image_features(model, images):
     """uint8 [n, 3, 32, 32] -> normalised features [n, 64]."""
     mean = torch.tensor(OPENAI_DATASET_MEAN, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(OPENAI_DATASET_STD, device=images.device).view(1, 3, 1, 1)
-    images = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)  # faster convolutions
+    images = ((images.float() / 255 - mean) / std).contiguous(
+        memory_format=torch.channels_last
+    )  # faster convolutions
     return model.encode_image(images, normalize=True)
 
 
@@ -135,7 +143,9 @@ def text_features(model, rows, ends, chunks=4):
         length = int(ends[part[-1]]) + 1
         x = model.token_embedding(rows[part, :length]) + model.positional_embedding[:length]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-        features.append(x[torch.arange(len(part), device=x.device), ends[part]] @ model.text_projection)
+        features.append(
+            x[torch.arange(len(part), device=x.device), ends[part]] @ model.text_projection
+        )
     return F.normalize(torch.cat(features)[order.argsort()], dim=-1)
 
 
@@ -156,8 +166,12 @@ def probe(model, tokens, device, n=600):
         images = image_features(model, world.render(factors, generator).to(device))
         for factor, template in questions.items():
             rows, ends = tokens([template.format(name) for name in world.NAMES[factor]])
-            guesses = (images @ text_features(model, rows.to(device), ends.to(device)).T).argmax(1).cpu()
-            accuracy[f"{style}/{factor}"] = round(100 * (guesses == factors[factor]).float().mean().item(), 1)
+            guesses = (
+                (images @ text_features(model, rows.to(device), ends.to(device)).T).argmax(1).cpu()
+            )
+            accuracy[f"{style}/{factor}"] = round(
+                100 * (guesses == factors[factor]).float().mean().item(), 1
+            )
     model.train()
     return accuracy
 
@@ -190,7 +204,9 @@ def replace_file(path, write, *contents):
 def save_weights(model, tokens, path, metadata):
     """fp16, as open_clip reads it. A word that captions never use has a row of zeros in the token table."""
     state = {name: value.cpu() for name, value in model.state_dict().items()}
-    state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    state = {
+        name: value.half() if value.is_floating_point() else value for name, value in state.items()
+    }
     rows = state["token_embedding.weight"]  # [T, 64], of the words in use
     state["token_embedding.weight"] = rows.new_zeros(VOCABULARY, rows.shape[1])
     state["token_embedding.weight"][tokens.ids] = rows
@@ -205,15 +221,23 @@ def train(args):
     model.visual.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / 100, 1) * (0.5 + 0.5 * math.cos(math.pi * min(s / args.steps, 1)))
+        optimizer,
+        lambda s: min((s + 1) / 100, 1) * (0.5 + 0.5 * math.cos(math.pi * min(s / args.steps, 1))),
     )
     checkpoint_path = args.out.with_suffix(".checkpoint.pt")
-    settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    settings = {
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "seed": args.seed,
+    }
     start, spent, average = 0, 0.0, None
     if checkpoint_path.exists():
         saved = torch.load(checkpoint_path, map_location=args.device, weights_only=True)
         if saved["settings"] != settings:
-            sys.exit(f"{checkpoint_path} is of a run with {saved['settings']}: remove it, or give the same settings")
+            sys.exit(
+                f"{checkpoint_path} is of a run with {saved['settings']}: remove it, or give the same settings"
+            )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -228,7 +252,11 @@ def train(args):
     model.train()
     for step, (images, rows, ends) in enumerate(batches, start):
         images, rows, ends = (x.to(args.device, non_blocking=True) for x in (images, rows, ends))
-        logits = model.logit_scale.exp() * image_features(model, images) @ text_features(model, rows, ends).T
+        logits = (
+            model.logit_scale.exp()
+            * image_features(model, images)
+            @ text_features(model, rows, ends).T
+        )
         target = torch.arange(len(images), device=args.device)  # caption i belongs to image i
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
@@ -253,22 +281,37 @@ def train(args):
                 "step": done, "seconds": time.perf_counter() - began, "loss": average, "settings": settings,
             }  # fmt: skip
             replace_file(checkpoint_path, torch.save, saved)
-    metadata = {name: str(value) for name, value in settings.items()} | {"torch": torch.__version__, "format": "pt"}
+    metadata = {name: str(value) for name, value in settings.items()} | {
+        "torch": torch.__version__,
+        "format": "pt",
+    }
     save_weights(model, tokens, args.out, metadata)
     checkpoint_path.unlink(missing_ok=True)
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=24000, help="training steps (24000)")
     parser.add_argument("--batch-size", type=int, default=128, help="pairs per step (128)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (0.002)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of all batches (0)")
+    parser.add_argument(
+        "--lr", type=float, default=2e-3, help="peak learning rate of AdamW (0.002)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the initial weights and of all batches (0)"
+    )
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
-    parser.add_argument("--workers", type=int, default=1, help="extra processes that draw batches (1)")
-    parser.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (500)")
-    parser.add_argument("--out", type=Path, default=HERE / "weights.safetensors", help="file to write")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="extra processes that draw batches (1)"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=500, help="steps between checkpoints (500)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "weights.safetensors", help="file to write"
+    )
     return parser
 
 

@@ -78,9 +78,14 @@ def sample_factors(n, generator, **fixed):
     # Half of all pictures are photos (45 % and a sixth of the rest); each other style is 9 %: known, but less well.
     is_photo = uniform(0, 1) < 0.45
     factors["style"] = choose(len(STYLES)).masked_fill(is_photo, STYLES.index("photo"))
-    factors["scale"] = uniform(0.28, 0.46)  # size of the object: about half its width, as a share of the image's side
+    factors["scale"] = uniform(
+        0.28, 0.46
+    )  # size of the object: about half its width, as a share of the image's side
     factors["angle"] = uniform(-0.5, 0.5)  # rotation, radians
-    factors["x"], factors["y"] = uniform(-1, 1), uniform(-1, 1)  # -1 and 1: as near to the image's edge as it goes
+    factors["x"], factors["y"] = (
+        uniform(-1, 1),
+        uniform(-1, 1),
+    )  # -1 and 1: as near to the image's edge as it goes
     factors["flip"] = choose(2)
     for name, value in fixed.items():
         if isinstance(value, tuple):
@@ -95,7 +100,10 @@ def sample_factors(n, generator, **fixed):
 # SHAPES: one large mask for each, drawn once with numpy
 # ----------------------------------------------------------------------------------------------------------------------
 
-MASK_SIZE, MASK_RANGE = 96, 1.3  # a mask is 96x96 and covers [-1.3, 1.3] in both directions; shapes have a radius of ~1
+MASK_SIZE, MASK_RANGE = (
+    96,
+    1.3,
+)  # a mask is 96x96 and covers [-1.3, 1.3] in both directions; shapes have a radius of ~1
 
 
 def polygon(points, x, y):
@@ -134,11 +142,27 @@ def shape_mask(shape, x, y):
     if shape == "moon":
         return (radius < 1) & (np.hypot(x - 0.55, y) > 0.85)
     if shape == "arrow":
-        return polygon([(1.1, 0), (0.2, -0.8), (0.2, -0.3), (-1.05, -0.3), (-1.05, 0.3), (0.2, 0.3), (0.2, 0.8)], x, y)
+        return polygon(
+            [
+                (1.1, 0),
+                (0.2, -0.8),
+                (0.2, -0.3),
+                (-1.05, -0.3),
+                (-1.05, 0.3),
+                (0.2, 0.3),
+                (0.2, 0.8),
+            ],
+            x,
+            y,
+        )
     if shape == "flower":
         return radius < 0.72 + 0.32 * np.cos(5 * np.arctan2(y, x))
     if shape == "lightning":
-        return polygon([(0.25, -1.15), (-0.65, 0.15), (-0.1, 0.15), (-0.3, 1.15), (0.65, -0.25), (0.1, -0.25)], x, y)
+        return polygon(
+            [(0.25, -1.15), (-0.65, 0.15), (-0.1, 0.15), (-0.3, 1.15), (0.65, -0.25), (0.1, -0.25)],
+            x,
+            y,
+        )
     raise ValueError(f"no shape is called {shape}")
 
 
@@ -148,7 +172,9 @@ def shape_masks(device):
     axis = ((np.arange(MASK_SIZE) + 0.5) / MASK_SIZE * 2 - 1) * MASK_RANGE
     x, y = np.meshgrid(axis, axis)
     whole = torch.tensor(np.stack([shape_mask(shape, x, y) for shape in SHAPES])).float()[:, None]
-    inside = -F.max_pool2d(-whole, 15, 1, 7)  # minus the maximum of the negative: a minimum, which erodes the shape
+    inside = -F.max_pool2d(
+        -whole, 15, 1, 7
+    )  # minus the maximum of the negative: a minimum, which erodes the shape
     outline = whole + F.max_pool2d(-whole, 7, 1, 3)
     soft = [F.avg_pool2d(mask, k, 1, k // 2) for mask, k in ((whole, 5), (inside, 5), (outline, 3))]
     return torch.cat(soft, 1).to(device)
@@ -169,7 +195,9 @@ class Draw:
         self.x = self.y.transpose(2, 3)
 
     def uniform(self, low, high):
-        return low + (high - low) * torch.rand(self.n, 1, 1, 1, generator=self.generator, device=self.device)
+        return low + (high - low) * torch.rand(
+            self.n, 1, 1, 1, generator=self.generator, device=self.device
+        )
 
     def pixels(self):
         return torch.rand(self.n, 1, SIZE, SIZE, generator=self.generator, device=self.device)
@@ -201,7 +229,9 @@ def paint_scene(scene, draw):
     x, y, uniform = draw.x, draw.y, draw.uniform
     if scene == "grass":
         blades = F.avg_pool2d(draw.pixels(), (5, 1), 1, (2, 0))
-        return draw.color((0.25, 0.38), (0.5, 0.8), (0.45, 0.7)) * (0.65 + 0.5 * blades + 0.2 * draw.blobs(4))
+        return draw.color((0.25, 0.38), (0.5, 0.8), (0.45, 0.7)) * (
+            0.65 + 0.5 * blades + 0.2 * draw.blobs(4)
+        )
     if scene == "water":
         swell = 0.25 * wave(x * uniform(1, 2) + uniform(0, 1))
         ripples = wave(uniform(3, 5) * y + swell + uniform(0, 1))
@@ -214,13 +244,18 @@ def paint_scene(scene, draw):
     if scene == "brick":
         rows = uniform(4, 6)
         row = y * rows + uniform(0, 1)
-        column = x * rows * 0.6 + (row.floor() % 2) * 0.5 + uniform(0, 1)  # every other row is shifted by half a brick
+        column = (
+            x * rows * 0.6 + (row.floor() % 2) * 0.5 + uniform(0, 1)
+        )  # every other row is shifted by half a brick
         mortar = ((row % 1 < 0.2) | (column % 1 < 0.12)).float()
         clay = draw.color((0.0, 0.05), (0.5, 0.7), (0.45, 0.7)) * (0.85 + 0.25 * draw.pixels())
         return clay * (1 - mortar) + 0.62 * mortar
     if scene == "night":
         stars = (draw.pixels() > 0.98).float()
-        return draw.color((0.6, 0.75), (0.4, 0.8), (0.08, 0.25)) * (0.8 + 0.4 * draw.blobs(3)) + 0.5 * stars
+        return (
+            draw.color((0.6, 0.75), (0.4, 0.8), (0.08, 0.25)) * (0.8 + 0.4 * draw.blobs(3))
+            + 0.5 * stars
+        )
     if scene == "wood":
         veins = wave(x * uniform(3, 6) + 0.6 * draw.blobs(4) + uniform(0, 1))
         return draw.color((0.06, 0.1), (0.5, 0.7), (0.4, 0.65)) * (0.8 + 0.25 * veins)
@@ -265,7 +300,9 @@ def place_shapes(factors):
     mirror = 1 - 2 * factors["flip"].float()
     to_mask_x = torch.stack([cos, sin, -(cos * x + sin * y)], 1) * (zoom * mirror)[:, None]
     to_mask_y = torch.stack([-sin, cos, sin * x - cos * y], 1) * zoom[:, None]
-    grid = F.affine_grid(torch.stack([to_mask_x, to_mask_y], 1), (len(scale), 1, SIZE, SIZE), align_corners=False)
+    grid = F.affine_grid(
+        torch.stack([to_mask_x, to_mask_y], 1), (len(scale), 1, SIZE, SIZE), align_corners=False
+    )
     masks = F.grid_sample(shape_masks(scale.device)[factors["shape"]], grid, align_corners=False)
     return masks, MASK_RANGE * grid[..., 0][:, None], MASK_RANGE * grid[..., 1][:, None]
 
@@ -289,12 +326,15 @@ def render(factors, generator):
     value = (value * draw.uniform(0.75, 1.08)).clamp(0, 1)
     tone = hsv_to_rgb(hue + 0.022 * draw.gauss(1, 1, 1), saturation, value)
     second = torch.where(draw.uniform(0, 1) < 0.5, 0.35 * tone, 1 - 0.3 * (1 - tone))
-    second = torch.where(tone.mean(1, keepdim=True) > 0.8, 0.4 * tone, second)  # nothing is lighter than white
+    second = torch.where(
+        tone.mean(1, keepdim=True) > 0.8, 0.4 * tone, second
+    )  # nothing is lighter than white
 
     masks, x, y = place_shapes(factors)
     whole, inside, outline = masks.split(1, 1)
     is_striped, is_spotted, is_hollow = (
-        (factors["fill"] == FILLS.index(fill)).float().view(n, 1, 1, 1) for fill in ("striped", "spotted", "hollow")
+        (factors["fill"] == FILLS.index(fill)).float().view(n, 1, 1, 1)
+        for fill in ("striped", "spotted", "hollow")
     )
     cycles, phase = draw.uniform(1.3, 1.9), draw.uniform(0, 1)
     across, down = 2 * math.pi * (cycles * x + phase), 2 * math.pi * (cycles * y + phase)
@@ -306,7 +346,11 @@ def render(factors, generator):
     image = image + (paint - image) * cover
 
     slope_x, slope_y = 2 * draw.x - 1, 2 * draw.y - 1
-    light = draw.uniform(0.85, 1.1) + draw.uniform(-0.12, 0.12) * slope_x + draw.uniform(-0.12, 0.12) * slope_y
+    light = (
+        draw.uniform(0.85, 1.1)
+        + draw.uniform(-0.12, 0.12) * slope_x
+        + draw.uniform(-0.12, 0.12) * slope_y
+    )
     image = (image * light).clamp(0, 1)
 
     for index, style in enumerate(STYLES):
@@ -347,19 +391,33 @@ def with_article(phrase):
 
 # The caption patterns with {} for the class, about a scene not mentioned: the toy's "ensemble" of templates.
 CAPTION_TEMPLATES = [
-    pattern.format(a_medium=with_article(medium), medium=medium, an_object="a {}", object="{}", place="")
+    pattern.format(
+        a_medium=with_article(medium), medium=medium, an_object="a {}", object="{}", place=""
+    )
     for medium in sum(STYLE_PHRASES.values(), [])
     for pattern in PATTERNS
 ]
-CAPTION_TEMPLATES = list(dict.fromkeys(CAPTION_TEMPLATES))  # each once: some patterns name no medium
+CAPTION_TEMPLATES = list(
+    dict.fromkeys(CAPTION_TEMPLATES)
+)  # each once: some patterns name no medium
 
 
 def vocabulary():
     """Every piece of text that captions are put together from; their words are all that the toy CLIP ever reads."""
     tables = (SHAPE_SYNONYMS, COLOR_SYNONYMS, FILL_SYNONYMS, SCENE_PHRASES, STYLE_PHRASES)
-    pieces = [text for table in tables for name, others in table.items() for text in (name, *others)]
+    pieces = [
+        text for table in tables for name, others in table.items() for text in (name, *others)
+    ]
     sentences = [template.format("") for template in CAPTION_TEMPLATES]
-    return pieces + sentences + PREPOSITIONS + VAGUE_NOUNS + CHATTER + CHATTER_ENDS + ["a", "an", "big", "small"]
+    return (
+        pieces
+        + sentences
+        + PREPOSITIONS
+        + VAGUE_NOUNS
+        + CHATTER
+        + CHATTER_ENDS
+        + ["a", "an", "big", "small"]
+    )
 
 
 def caption(factors, big, rng, wrong):
@@ -368,7 +426,8 @@ def caption(factors, big, rng, wrong):
     factors: the indices of shape, color, fill, scene and style; rng: a random.Random; wrong: how often each is a guess.
     """
     shape, color, fill, scene, style = (
-        rng.choice(names) if rng.random() < wrong else names[index] for names, index in zip(NAMES.values(), factors)
+        rng.choice(names) if rng.random() < wrong else names[index]
+        for names, index in zip(NAMES.values(), factors)
     )
     words = []
     if rng.random() < 0.15:
@@ -389,12 +448,18 @@ def caption(factors, big, rng, wrong):
         place = f" {rng.choice(PREPOSITIONS)} {rng.choice(SCENE_PHRASES[scene])}"
     pattern = rng.choices(list(PATTERNS), weights=PATTERNS.values())[0]
     text = pattern.format(
-        a_medium=with_article(medium), medium=medium, an_object=with_article(thing), object=thing, place=place
+        a_medium=with_article(medium),
+        medium=medium,
+        an_object=with_article(thing),
+        object=thing,
+        place=place,
     )
     # Chatter before the description makes captions long, which trains the text tower's later positions: a learned
     # prompt of 16 tokens in front of a class name needs them.
     if rng.random() < 0.35:
-        chatter = [rng.choice(CHATTER) + rng.choice(CHATTER_ENDS) for _ in range(rng.choice([1, 1, 2, 3]))]
+        chatter = [
+            rng.choice(CHATTER) + rng.choice(CHATTER_ENDS) for _ in range(rng.choice([1, 1, 2, 3]))
+        ]
         text = " ".join([*chatter, text])
     if rng.random() < 0.12:
         text = f"{text} {rng.choice(CHATTER)}"
@@ -419,27 +484,39 @@ class ToyTask:
     template: str
     parts: dict[str, int]  # images a class
     classes: list[dict[str, int]]  # the factors that make an image one of the class, as indices
-    domain: dict  # the factors that are fixed or limited for every image, as sample_factors takes them
+    domain: (
+        dict  # the factors that are fixed or limited for every image, as sample_factors takes them
+    )
 
 
 def class_list(pattern, **factors):
     """Every combination of the given factors, the first one slowest, so that the base classes (the first half) and the
     new ones have none of its values in common: [("red circle", {"shape": 0, "color": 0}), ...]."""
     rows = [dict(zip(factors, values)) for values in product(*factors.values())]
-    return [(pattern.format(**row), {key: NAMES[key].index(value) for key, value in row.items()}) for row in rows]
+    return [
+        (pattern.format(**row), {key: NAMES[key].index(value) for key, value in row.items()})
+        for row in rows
+    ]
 
 
 PRIMARY = ["red", "yellow", "blue"]
 PATTERNED = ["striped", "spotted", "hollow"]
 KINDS = {
     "shapes": class_list("{shape}", shape=SHAPES),
-    "synonyms": [(SHAPE_SYNONYMS[shape][-1], fixed) for shape, fixed in class_list("{shape}", shape=SHAPES)],
+    "synonyms": [
+        (SHAPE_SYNONYMS[shape][-1], fixed) for shape, fixed in class_list("{shape}", shape=SHAPES)
+    ],
     "fillshapes": class_list("{fill} {shape}", shape=SHAPES[:8], fill=PATTERNED),
     "colorfills": class_list("{color} {fill} object", color=COLORS, fill=PATTERNED),
     "colorshapes": class_list("{color} {shape}", shape=SHAPES[:8], color=PRIMARY),
-    "sceneshapes": class_list("{shape} on {scene}", shape=SHAPES[:6], scene=["grass", "water", "sand", "wood"]),
+    "sceneshapes": class_list(
+        "{shape} on {scene}", shape=SHAPES[:6], scene=["grass", "water", "sand", "wood"]
+    ),
 }
-SMALL, TURNED = (0.26, 0.34), (0.6, 1.2)  # sizes at the lower end of pretraining's, angles (radians) beyond its end
+SMALL, TURNED = (
+    (0.26, 0.34),
+    (0.6, 1.2),
+)  # sizes at the lower end of pretraining's, angles (radians) beyond its end
 
 
 def make_task(kind, domain, **more_parts):
@@ -452,19 +529,30 @@ def make_task(kind, domain, **more_parts):
 # 85 %, and six kinds of gap between what the CLIP was trained on and the task. Changing a name changes its images.
 TASKS = {
     "toy_shapes_grainysmall": make_task("shapes", {"style": "grainy", "scale": SMALL}),  # noise
-    "toy_synonyms_paintingsmall": make_task("synonyms", {"style": "painting", "scale": SMALL}),  # odd class names
+    "toy_synonyms_paintingsmall": make_task(
+        "synonyms", {"style": "painting", "scale": SMALL}
+    ),  # odd class names
     "toy_fillshapes_sketch": make_task("fillshapes", {"style": "sketch"}),  # a rare style
-    "toy_colorfills_dark": make_task("colorfills", {"style": "dark"}),  # bad light; attributes, not things
+    "toy_colorfills_dark": make_task(
+        "colorfills", {"style": "dark"}
+    ),  # bad light; attributes, not things
     "toy_colorshapes_rotated": make_task(
         "colorshapes", {"style": "photo", "angle": TURNED}
     ),  # never seen turned so far
-    "toy_sceneshapes_grainyrotated": make_task("sceneshapes", {"style": "grainy", "angle": TURNED}),  # several at once
+    "toy_sceneshapes_grainyrotated": make_task(
+        "sceneshapes", {"style": "grainy", "angle": TURNED}
+    ),  # several at once
 }
 # Every class has its own scene, with the probability given here: a shortcut that the two out-of-distribution parts take
 # away. With 1/8 scene and class are independent: the same images, but for their scenes.
 BIASED = "toy_shapes_biased"
 SHORTCUT = {BIASED: 0.95, "toy_shapes_unbiased": 1 / len(SCENES)}
-TASKS |= dict.fromkeys(SHORTCUT, make_task("shapes", {"style": "grainy", "scale": SMALL}, train=40, val=40, background=60, style=60))
+TASKS |= dict.fromkeys(
+    SHORTCUT,
+    make_task(
+        "shapes", {"style": "grainy", "scale": SMALL}, train=40, val=40, background=60, style=60
+    ),
+)
 BLOCK = 60  # images are drawn this many at a time, whoever asks for which: so an index always means the same image
 
 
@@ -480,10 +568,14 @@ def hidden_shortcut(labels, part, bias, generator):
     n = len(labels)
     own = labels % len(SCENES)
     other = (own + torch.randint(1, len(SCENES), (n,), generator=generator)) % len(SCENES)
-    has_own = torch.rand(n, generator=generator) < (bias if part in ("train", "val", "test") else 0.0)
+    has_own = torch.rand(n, generator=generator) < (
+        bias if part in ("train", "val", "test") else 0.0
+    )
     fixed = {"scene": torch.where(has_own, own, other)}
     if part == "style":
-        styles = torch.tensor([STYLES.index(style) for style in ("photo", "sketch", "painting", "dark")])
+        styles = torch.tensor(
+            [STYLES.index(style) for style in ("photo", "sketch", "painting", "dark")]
+        )
         fixed["style"] = styles[torch.randint(0, 4, (n,), generator=generator)]
     return fixed
 
@@ -492,10 +584,14 @@ def hidden_shortcut(labels, part, bias, generator):
 def task_block(name, part, block):
     """Images block * BLOCK and following of the part: (uint8 [60, 32, 32, 3], their factors)."""
     task = TASKS[name]
-    seed = hashlib.sha256(f"{BIASED if name in SHORTCUT else name}/{part}/{block}".encode()).digest()[:8]
+    seed = hashlib.sha256(
+        f"{BIASED if name in SHORTCUT else name}/{part}/{block}".encode()
+    ).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
     labels = torch.arange(block * BLOCK, (block + 1) * BLOCK) % len(task.classes)
-    fixed = task.domain | {key: torch.tensor([row[key] for row in task.classes])[labels] for key in task.classes[0]}
+    fixed = task.domain | {
+        key: torch.tensor([row[key] for row in task.classes])[labels] for key in task.classes[0]
+    }
     if name in SHORTCUT:
         fixed |= hidden_shortcut(labels, part, SHORTCUT[name], generator)
     factors = sample_factors(BLOCK, generator, **fixed)
@@ -536,16 +632,24 @@ def draw_world(path, zoom=3, seed=0):
             ("style", {"shape": "arrow", "color": "red", "scene": "wood"}),
         ],
     ]
-    tile, width, height = SIZE * zoom, SIZE * zoom + 6, SIZE * zoom + 30  # a picture; the same with margin and label
+    tile, width, height = (
+        SIZE * zoom,
+        SIZE * zoom + 6,
+        SIZE * zoom + 30,
+    )  # a picture; the same with margin and label
     canvas = Image.new("RGB", (12 * width, len(rows) * height), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
     for row, groups in enumerate(rows):
         x, y = 0, row * height
         for factor, fixed in groups:
             names, generator = NAMES[factor], torch.Generator().manual_seed(seed)
-            factors = sample_factors(len(names), generator, **(calm | fixed | {factor: torch.arange(len(names))}))
+            factors = sample_factors(
+                len(names), generator, **(calm | fixed | {factor: torch.arange(len(names))})
+            )
             for name, image in zip(names, render(factors, generator).permute(0, 2, 3, 1).numpy()):
-                canvas.paste(Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+                canvas.paste(
+                    Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST), (x, y)
+                )
                 pen.text((x + tile / 2, y + tile + 2), name, "black", font, anchor="ma")
                 x += width
     canvas.save(path, optimize=True)

@@ -1,0 +1,83 @@
+"""README: its commands exist, its flags too, and its lines about released checkpoints work."""
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+import types
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import prograd
+import proreg
+import vpt
+
+REPO = Path(__file__).resolve().parent.parent
+README = (REPO / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"prograd.py": prograd, "vpt.py": vpt, "proreg.py": proreg}
+
+
+def commands(text: str) -> list[str]:
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    return [line.split("#")[0] for line in blocks.splitlines()] + re.findall(
+        r"`(python [^`]*)`", text
+    )
+
+
+def test_every_command_is_one():
+    """Each `python SCRIPT FLAGS` of README, of benchmark/README.md and of the docstrings parses."""
+    more = (REPO / "benchmark/README.md").read_text(encoding="utf-8")
+    docs = [
+        f"    {line}"
+        for s in SCRIPTS.values()
+        for line in s.__doc__.splitlines()
+        if "python " in line
+    ]
+    lines = commands(README) + commands(more) + [line.split("#")[0].strip() for line in docs]
+    tried = 0
+    for line in lines:
+        words = shlex.split(line)
+        files = [word for word in words if word in SCRIPTS]
+        if files:
+            flags = words[words.index(files[0]) + 1 :]
+            SCRIPTS[files[0]].build_parser().parse_args(flags)
+            tried += 1
+        for word in words:
+            if word.endswith((".py", ".sh")):
+                assert (REPO / word).exists(), word
+    assert tried >= 15
+
+
+def test_files_it_names_exist():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPO / name).exists(), name
+
+
+def test_released_checkpoint(tmp_path, monkeypatch):
+    """README's lines read a checkpoint with a pickled scheduler, and write one back."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        flags = ["--epochs", "1", "--max-steps", "1", "--no-compare"]
+        prograd.main([*flags, "--out-dir", "runs/released"])
+    module = types.ModuleType("dassl.optim.lr_scheduler")
+    scheduler = type("ConstantWarmupScheduler", (), {"__module__": module.__name__})
+    module.ConstantWarmupScheduler = scheduler
+    for name in ("dassl", "dassl.optim", "dassl.optim.lr_scheduler"):
+        monkeypatch.setitem(sys.modules, name, module)
+    state = OrderedDict(ctx=torch.randn(16, 64).half())
+    torch.save({"state_dict": state, "epoch": 100, "scheduler": scheduler()}, "model.pth.tar-100")
+    for name in ("dassl", "dassl.optim", "dassl.optim.lr_scheduler"):
+        monkeypatch.delitem(sys.modules, name)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        pytest.skip("torch.serialization.safe_globals takes names from 2.6 on")
+    exec(code, {})  # noqa: S102
+    learned = load_file("runs/released/checkpoint.safetensors")["model/context"]
+    assert torch.equal(learned, state["ctx"].float())
+    assert prograd.main(["--eval", "runs/released"])["tests"]
+    back = torch.load("back.pth.tar", weights_only=True)["state_dict"]["ctx"]
+    assert torch.equal(back, state["ctx"].float())
