@@ -35,10 +35,6 @@ TOYCLIP = Path(__file__).resolve().parent / "toyclip"
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
 
 
-def in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 # --------------------------------------------------------------------------------------------------
 # 1. CLIP
 # --------------------------------------------------------------------------------------------------
@@ -64,11 +60,7 @@ class Clip:
 
 
 def load_clip(
-    model: str = "toyclip",
-    pretrained: str | None = None,
-    device: str = "cpu",
-    precision: str = "fp32",
-    memory_gb: float = 4.0,
+    model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0
 ) -> Clip:
     """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
 
@@ -86,20 +78,17 @@ def load_clip(
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds
-        known = isinstance(error, UserError)
-        raise error if known else UserError(f"cannot load {model}: {in_one_line(error)}") from error
+        raise UserError(f"cannot load {model}: {str(error)[:300]}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
     net = net.float().eval().requires_grad_(False)
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    transform = open_clip.transform.image_transform_v2(
-        open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg), is_train=False
-    )
-    scale = net.logit_scale.double().exp().item()
-    clip = Clip(net, transform, tokenizer, name, pretrained or "", scale=scale)
-    clip.weights = fingerprint(net)
+    cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
+    scale, weights = net.logit_scale.double().exp().item(), fingerprint(net)
+    clip = Clip(net, transform, tokenizer, name, pretrained or "", scale=scale, weights=weights)
     check_text_tower(clip)
     net.to(device)
     return dataclasses.replace(clip, device=device, precision=precision, memory_gb=memory_gb)
@@ -128,8 +117,8 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
     require(tag, f"--pretrained {pretrained!r} is no file and no tag of {name}: {tags}")
     quick = bool(tag.get("quick_gelu"))
-    source = {"pretrained": pretrained, "require_pretrained": True}
-    return open_clip.create_model(name if quick else plain, force_quick_gelu=quick, **source)
+    name = name if quick else plain
+    return open_clip.create_model(name, pretrained, force_quick_gelu=quick, require_pretrained=True)
 
 
 def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
@@ -167,10 +156,9 @@ def fingerprint(net: torch.nn.Module) -> str:
 @torch.no_grad()
 def check_text_tower(clip: Clip) -> None:
     """What section 2 encodes must equal open_clip's own. SigLIP's and CLIPA's towers fail here."""
-    text = "a photo of a"
     try:
-        ours = prompt_features(clip, [text], "{}")
-        theirs = clip.model.encode_text(clip.tokenizer([text]))
+        ours = prompt_features(clip, ["photo"], "a {}")
+        theirs = clip.model.encode_text(clip.tokenizer(["a photo"]))
         equal = (ours - theirs).norm() < 1e-3 * theirs.norm()
     except (AttributeError, TypeError, RuntimeError, ValueError):
         equal = False
@@ -335,13 +323,7 @@ def encode_prompts(clip: Clip, prefix: torch.Tensor, names: Names) -> torch.Tens
     return features.to(prefix.dtype)  # whatever autocast computes in
 
 
-def encode_rows(
-    tower: torch.nn.Module,
-    prefix: torch.Tensor,
-    rows: torch.Tensor,
-    mask: torch.Tensor,
-    eot: torch.Tensor,
-) -> torch.Tensor:
+def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> torch.Tensor:
     """Each of r rows behind each of g prefixes through the transformer → what stands where the
     texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], eot [r, K]."""
     g, P, W = prefix.shape
@@ -367,14 +349,7 @@ def encode_rows(
 # --------------------------------------------------------------------------------------------------
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk
 # --------------------------------------------------------------------------------------------------
-def encode_images(
-    clip: Clip,
-    items: list[data.Item],
-    transform: Callable,
-    args: argparse.Namespace,
-    view: int = 0,
-    cache: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, cache=True) -> tuple:
     """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`.
 
     Reads args.seed, workers, device and cache_dir. UserError names every broken image at once.
@@ -385,16 +360,12 @@ def encode_images(
     if cache and path.exists():
         return safetensors.torch.load_file(path, device=clip.device)["features"], labels
     images = data.ImageSet(items, transform, args.seed)
-    batches = [
-        batch.tolist() for batch in (torch.arange(len(items)) + view * len(items)).split(256)
-    ]
-    loader = tqdm(
-        data.image_loader(images, batches, args), "encode images", leave=False, disable=None
-    )
+    each = torch.arange(len(items)) + view * len(items)
+    loader = data.image_loader(images, [batch.tolist() for batch in each.split(256)], args)
     rows = []
     try:
         with torch.no_grad(), autocast(clip):
-            for batch, _, _ in loader:
+            for batch, _, _ in tqdm(loader, "encode images", leave=False, disable=None):
                 batch = batch.to(clip.device, non_blocking=True)
                 rows.append(clip.model.encode_image(batch).float())
     except UserError as error:
@@ -503,20 +474,15 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
 # --------------------------------------------------------------------------------------------------
 # 5. RUNS: flags, the run folder, results
 # --------------------------------------------------------------------------------------------------
+# fmt: off
 FLAGS = {
     "model": {
         "--model": {"help": "toyclip, an open_clip name such as RN50, or hf-hub:ORG/NAME"},
         "--pretrained": {"metavar": "W", "help": "an open_clip tag (openai) or a weights file"},
-        "--precision": {
-            "choices": ["fp32", "bf16", "fp16"],
-            "help": "of the frozen towers [bf16 on a GPU, else fp32]",
-        },
-        "--memory-gb": {
-            "type": float,
-            "metavar": "GB",
-            "help": "bound on the text encoder [half of a GPU's, else 4]",
-        },
-    },
+        "--precision": {"choices": ["fp32", "bf16", "fp16"],
+                        "help": "of the frozen towers [bf16 on a GPU, else fp32]"},
+        "--memory-gb": {"type": float, "metavar": "GB",
+                        "help": "bound on the text encoder [half of a GPU's, else 4]"}},
     "optimisation": {
         "--paper": {"action": "store_true", "help": "the paper's exceptions for single datasets"},
         "--epochs": {"type": int, "metavar": "E", "help": "passes over the training images"},
@@ -525,8 +491,7 @@ FLAGS = {
         "--augment": {"choices": ["crop", "none", "randaugment"], "help": "of training images"},
         "--views": {"type": int, "metavar": "V", "help": "cached views in turn; 0: always fresh"},
         "--max-steps": {"type": int, "metavar": "K", "help": "steps an epoch at most, for trials"},
-        "--eval-every": {"type": int, "metavar": "E", "help": "epochs between validations"},
-    },
+        "--eval-every": {"type": int, "metavar": "E", "help": "epochs between validations"}},
     "run": {
         "--out-dir": {"metavar": "DIR", "help": "run folder [runs/METHOD-DATASET-SHOTS-SEED]"},
         "--resume": {"metavar": "RUN", "help": "go on with this run folder, or begin it [no]"},
@@ -534,37 +499,18 @@ FLAGS = {
         "--compare": {"action": argparse.BooleanOptionalAction, "help": "plain baseline, too"},
         "--device": {"help": "cpu, cuda, cuda:1"},
         "--workers": {"type": int, "metavar": "K", "help": "processes that decode images"},
-        "--cache-dir": {"metavar": "DIR", "help": "folder of cached image features, or none"},
-    },
+        "--cache-dir": {"metavar": "DIR", "help": "folder of cached image features, or none"}},
 }
 DEFAULTS = {
-    "data_root": "data",
-    "download": False,
-    "shots": 16,
-    "seed": 1,
-    "test_on": [],
-    "test_part": "test",
-    "template": None,
-    "train_domain": None,
-    "test_domain": None,
-    "pretrained": None,
-    "precision": None,
-    "memory_gb": None,
-    "paper": False,
-    "max_steps": 0,
-    "eval_every": 0,
-    "out_dir": None,
-    "resume": None,
-    "eval": None,
-    "device": "cuda" if torch.cuda.is_available() else "cpu",
-    "workers": os.cpu_count() or 1,
-    "cache_dir": "cache",
+    "data_root": "data", "download": False, "shots": 16, "seed": 1, "test_on": [], "paper": False,
+    "test_part": "test", "template": None, "train_domain": None, "test_domain": None,
+    "pretrained": None, "precision": None, "memory_gb": None, "max_steps": 0, "eval_every": 0,
+    "out_dir": None, "resume": None, "eval": None, "workers": os.cpu_count() or 1,
+    "device": "cuda" if torch.cuda.is_available() else "cpu", "cache_dir": "cache",
 }
 # Every number is at least 0; these are more than 0, or at most 1.
-POSITIVE = {"epochs", "batch_size", "lr", "memory_gb", "temperature", "n_ctx", "power", "shots"} | {
-    "accumulate",
-    "head_lr_factor",
-}
+POSITIVE = {"epochs", "batch_size", "lr", "memory_gb", "temperature", "n_ctx", "power", "shots",
+            "accumulate", "head_lr_factor"}
 AT_MOST_1 = {"momentum", "warmup", "ensemble", "wise_ft", "betas"}
 # How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
 # with --eval, "trained". A typed value must agree, but for "moved" and, with --eval, "tested".
@@ -572,9 +518,10 @@ EARLIER = {
     "anew": {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"},
     "trained": {"memory_gb", "precision", "compare", "eval_every"},
     "moved": {"data_root", "pretrained"},
-    "tested": {"dataset", "shots", "seed", "classes", "test_on", "test_part", "template"}
-    | {"train_domain", "test_domain", "ensemble", "wise_ft"},
+    "tested": {"dataset", "shots", "seed", "classes", "test_on", "test_part", "template",
+               "train_domain", "test_domain", "ensemble", "wise_ft"},
 }
+# fmt: on
 
 
 def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> data.Parser:
@@ -607,18 +554,18 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     typed = vars(parser.parse_args(argv))
     for key in {"data_root", "cache_dir", "out_dir", "resume", "eval", "pretrained"} & typed.keys():
         typed[key] = os.path.expanduser(typed[key])
-        fits = key == "pretrained" or not os.path.isfile(typed[key])
-        require(fits, f"{flag(key)} {typed[key]} is a file: name a folder")
-    once = "resume" not in typed or not typed.keys() & {"eval", "out_dir"}
-    require(once, "--resume RUN names the run's folder: leave out --eval and --out-dir")
+        folder = key == "pretrained" or not os.path.isfile(typed[key])
+        require(folder, f"{flag(key)} {typed[key]} is a file: name a folder")
+    twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
+    require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
     stored = stored_settings(typed, method)
     first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     for key in stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set()):
         found = f"{args.resume or args.eval} has {flag(key)} {stored[key]}"
         require(vars(args)[key] == stored[key], f"{found}: leave {flag(key)} out")
-    if args.model == "toyclip" and "pretrained" not in first:  # also on your own images
-        args.pretrained = None
+    own = args.model == "toyclip" and "pretrained" not in first  # also on your own images
+    args.pretrained = None if own else args.pretrained
     check_ranges(args)
     settle_device(args)
     return args
@@ -633,8 +580,8 @@ def stored_settings(typed: dict, method: str) -> dict:
     fits = config["method"] == method and not settings["eval"]
     require(fits, f"{folder} is no training run of {method}.py")
     unread = EARLIER["anew"] | (EARLIER["trained"] if "eval" in typed else set())
-    if typed.get("dataset", settings["dataset"]) != settings["dataset"]:
-        unread = unread | {"train_domain", "test_domain"}
+    other = typed.get("dataset", settings["dataset"]) != settings["dataset"]
+    unread = unread | ({"train_domain", "test_domain"} if other else set())
     return {key: value for key, value in settings.items() if key not in unread}
 
 
@@ -677,15 +624,9 @@ def settle_device(args: argparse.Namespace) -> None:
 
 def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) -> Path:
     """Make or find the run folder, write config.json, print what is done on what."""
-    config = {
-        "method": args.method,
-        "settings": vars(args),
-        "weights": clip.weights,
-        "classnames": task.classnames,
-        "template": task.template,
-        "split": task.split,
-        "train": task.lines,
-    }
+    config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
+              "classnames": task.classnames, "template": task.template, "split": task.split,
+              "train": task.lines}  # fmt: skip
     earlier = args.eval or args.resume
     if earlier and Path(earlier, "config.json").exists():
         compare_runs(read_run(earlier)[1], config, task, earlier)
@@ -693,12 +634,13 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     write(out / "config.json", json.dumps(config, indent=1).encode())
     shots = "all images" if args.shots == "all" else f"{args.shots} shots"
     tests = [f"{len(test.items)} {test_label(test, task.name)}" for test in task.tests]
-    tests = ", ".join(tests if len(tests) <= 4 else [*tests[:3], f"{len(tests) - 3} more sets"])
-    notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes: see result.json"]
+    tests[4:] = [f"{len(tests) - 4} more sets"] if len(tests) > 4 else []
+    notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes in result.json"]
     print(
         f"{title} on {task.name}: {len(task.classnames)} classes, {task.template!r}",
         f"model: {clip.name}, {Path(clip.pretrained).name}, {clip.precision} on {clip.device}",
-        f"data: {len(task.train)} training images ({shots}, seed {args.seed}); test: {tests}",
+        f"data: {len(task.train)} training images ({shots}, seed {args.seed})"
+        f"; test: {', '.join(tests)}",
         *(f"note: {note}" for note in notes),
         sep="\n",
     )
@@ -708,10 +650,8 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
 def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
     """config.json of a run, and what is there now. A run goes on with the classes and images that
     it began with, or not at all; an evaluation notes test images that were trained on."""
-    require(
-        old["weights"] == new["weights"],
-        f"{folder}: its CLIP had other weights; name their file with --pretrained",
-    )
+    same = old["weights"] == new["weights"]
+    require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
     if new["settings"]["eval"]:
         seen = data.trained_on(task, old["train"]) if old["settings"]["dataset"] == task.name else 0
         task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
@@ -733,9 +673,9 @@ def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
     out = Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1))
     try:
         out.mkdir(parents=True)
-        return out
     except FileExistsError:
         return claim_folder(args, k + 1)
+    return out
 
 
 def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
@@ -745,8 +685,8 @@ def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) 
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    content = safetensors.torch.save(tensors, {"note": json.dumps(note)})
-    write(out / "checkpoint.safetensors", content)
+    note = {"note": json.dumps(note)}
+    write(out / "checkpoint.safetensors", safetensors.torch.save(tensors, note))
 
 
 def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
@@ -757,7 +697,7 @@ def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             note = json.loads(file.metadata()["note"])
     except Exception as error:  # there is none yet, or it is a foreign or damaged file
-        raise UserError(f"{path} cannot be read: {in_one_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     learned = {key[6:]: value for key, value in tensors.items() if key.startswith("model/")}
     load_tensors(module, learned, f"{path} does not fit these flags")
     states = {}
@@ -803,15 +743,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
 
 
-def write_result(
-    out: Path,
-    args: argparse.Namespace,
-    task: data.Task,
-    encoded: list[EncodedTest],
-    found: list[dict],
-    seconds: float,
-    baseline: dict | None = None,
-) -> dict:
+def write_result(out: Path, args, task, encoded, found, seconds: float, baseline=None) -> dict:
     """predictions.npz and result.json → the result.
 
     found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and "arrays" of [N], where
@@ -820,34 +752,20 @@ def write_result(
     tests, arrays = [], {}
     for i, (frozen, row) in enumerate(zip(encoded, found, strict=True)):
         test, labels = frozen.test, frozen.labels
-        entry = {
-            "dataset": test.name,
-            "domain": test.domain,
-            "classes": test.classes,
-            "n": len(labels),
-            "template": test.template,
-            "zero_shot": evaluate(frozen.zero_shot, labels),
+        tests.append({
+            "dataset": test.name, "domain": test.domain, "classes": test.classes, "n": len(labels),
+            "template": test.template, "zero_shot": evaluate(frozen.zero_shot, labels),
             "baseline": baseline and baseline["tests"][i]["tuned"],
-            "tuned": evaluate(row["tuned"], labels),
-            "extra": row.get("extra", {}),
-        }
-        tests.append(entry)
+            "tuned": evaluate(row["tuned"], labels), "extra": row.get("extra", {})})  # fmt: skip
         kept = {"zero_shot": probabilities(frozen.zero_shot), "tuned": probabilities(row["tuned"])}
         kept |= {"labels": labels, **row.get("arrays", {})}
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
-    result = {
-        "method": args.method,
-        "settings": vars(args),
-        "tests": tests,
-        "harmonic_mean": harmonic_means(tests),
-        "split": task.split,
-        "seconds": round(seconds, 2),
-        "versions": versions(),
-        "notes": task.notes,
-    }
+    result = {"method": args.method, "settings": vars(args), "tests": tests, "split": task.split,
+              "harmonic_mean": harmonic_means(tests), "seconds": round(seconds, 2),
+              "versions": versions(), "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
     return result
 

@@ -183,39 +183,17 @@ def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) ->
 # --------------------------------------------------------------------------------------------------
 # 3. FLAGS
 # --------------------------------------------------------------------------------------------------
-SETTINGS = {
-    "lam": 1.0,
-    "rule": "project",
-    "teacher": "template",
-    "temperature": 1.0,
-    "n_ctx": 16,
-    "init": "template",
-    "csc": False,
-    "batch_size": 32,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
-}
+# fmt: off
+SETTINGS = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature": 1.0, "n_ctx": 16,
+            "init": "template", "csc": False, "batch_size": 32, "momentum": 0.9,
+            "weight_decay": 5e-4}
 # The paper's base-to-new protocol, 4 shots. Its rate of 0.002 belongs to CLIP's logit scale of 100;
 # toyclip's is 21. As many steps as the paper's runs take, see defaults.
-TOY = SETTINGS | {
-    "dataset": "toy_fillshapes_sketch",
-    "model": "toyclip",
-    "classes": "base",
-    "shots": 4,
-    "lr": 0.01,
-    "augment": "none",
-    "views": 1,
-    "compare": True,
-}
-PAPER = SETTINGS | {
-    "model": "RN50",
-    "pretrained": "openai",
-    "classes": "all",
-    "lr": 0.002,
-    "augment": "crop",
-    "views": 0,
-    "compare": False,
-}
+TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip", "classes": "base",
+                  "shots": 4, "lr": 0.01, "augment": "none", "views": 1, "compare": True}
+PAPER = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "lr": 0.002,
+                    "augment": "crop", "views": 0, "compare": False}
+# fmt: on
 
 
 def defaults(run: dict) -> dict:

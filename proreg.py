@@ -266,52 +266,22 @@ def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
 # --------------------------------------------------------------------------------------------------
 # 3. FLAGS
 # --------------------------------------------------------------------------------------------------
-SETTINGS = {
-    "loss": "proreg",
-    "classes": "all",
-    "temperature": 1.0,
-    "head": "text",
-    "train": "all",
-    "select": "last",
-    "shots": "all",
-    "betas": [0.9, 0.98],
-    "weight_decay": 0.01,
-    "warmup": 0.1,
-    "accumulate": 1,
-    "views": 0,
-    "ensemble": [],
-    "wise_ft": [],
-}
+# fmt: off
+SETTINGS = {"loss": "proreg", "classes": "all", "temperature": 1.0, "head": "text", "train": "all",
+            "select": "last", "shots": "all", "betas": [0.9, 0.98], "weight_decay": 0.01,
+            "warmup": 0.1, "accumulate": 1, "views": 0, "ensemble": [], "wise_ft": []}
 # WHY k = 1 on toy data: toyclip's logit scale is 21 and not CLIP's 100. Its prompt is seldom sure
 # of a label, so that p_zs^10 is nearly 0, which is plain fine-tuning.
-TOY = SETTINGS | {
-    "dataset": "toy_shapes_biased",
-    "model": "toyclip",
-    "lr": 3e-4,
-    "head_lr_factor": 1.0,
-    "batch_size": 64,
-    "epochs": 8,
-    "augment": "none",
-    "power": 1.0,
-    "compare": True,
-}
-PAPER = SETTINGS | {
-    "model": "ViT-B-32",
-    "pretrained": "openai",
-    "lr": 1e-5,
-    "head_lr_factor": 100.0,
-    "batch_size": 256,
-    "epochs": 10,
-    "augment": "randaugment",
-    "power": 10.0,
-    "compare": False,
-}
+TOY = SETTINGS | {"dataset": "toy_shapes_biased", "model": "toyclip", "lr": 3e-4, "epochs": 8,
+                  "head_lr_factor": 1.0, "batch_size": 64, "augment": "none", "power": 1.0,
+                  "compare": True}
+PAPER = SETTINGS | {"model": "ViT-B-32", "pretrained": "openai", "lr": 1e-5, "epochs": 10,
+                    "head_lr_factor": 100.0, "batch_size": 256, "augment": "randaugment",
+                    "power": 10.0, "compare": False}
 # α of each loss, and with --paper that of the released configuration file of a dataset.
-ALPHA = {
-    "proreg": {"default": 2.0, "bar": 1.0, "nico_vehicle": 1.5},
-    "kd": {"default": 0.5, "nico_animal": 0.9},
-    "ce": {"default": 0.0},
-}
+ALPHA = {"proreg": {"default": 2.0, "bar": 1.0, "nico_vehicle": 1.5}, "ce": {"default": 0.0},
+         "kd": {"default": 0.5, "nico_animal": 0.9}}
+# fmt: on
 
 
 def defaults(run: dict) -> dict:

@@ -84,8 +84,8 @@ def test_activation_follows_the_name_and_the_tag(model, tmp_path, monkeypatch):
     assert has_quick_gelu(common.load_clip("tinyload-quickgelu", str(tmp_path / "x.pt")).model)
     made = []
 
-    def create(name, force_quick_gelu, **source):
-        made.append((name, force_quick_gelu, source["pretrained"]))
+    def create(name, pretrained, force_quick_gelu, require_pretrained):
+        made.append((name, force_quick_gelu, pretrained))
         return None
 
     monkeypatch.setattr(open_clip, "create_model", create)
