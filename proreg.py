@@ -359,8 +359,8 @@ def step(
         loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
     if args.loss == "kd":  # Eq. 6
         loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
-    right = (logits.argmax(dim=-1) == labels).to(w)
-    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right, w, (w > 0.5).to(w)]
+    right = logits.argmax(dim=-1) == labels
+    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right.to(w), w, (w > 0.5).to(w)]
     return loss, torch.stack(numbers).detach().sum(dim=1)
 
 
@@ -452,9 +452,8 @@ def add_gradients(learner: PromptedClassifier) -> None:
     if processes()[1] > 1:
         learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
         for parameter in learned:
-            parameter.grad = (
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            )
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.flatten() for parameter in learned])
         dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, [parameter.grad for parameter in learned])
@@ -510,13 +509,13 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
         found.append({"tuned": tuned, "extra": {}})
         for A in args.ensemble:
             # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
-            mixed = common.evaluate((1 - A) * tuned + A * frozen.zero_shot, labels)
-            found[-1]["extra"][f"ensemble {A:g}"] = mixed
+            mixed = (1 - A) * tuned + A * frozen.zero_shot
+            found[-1]["extra"][f"ensemble {A:g}"] = common.evaluate(mixed, labels)
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
-            mixed = common.evaluate(*tuned_logits(args, clip, mixture, frozen.test))
-            row["extra"][f"wise-ft {A:g}"] = mixed
+            mixed, labels = tuned_logits(args, clip, mixture, frozen.test)
+            row["extra"][f"wise-ft {A:g}"] = common.evaluate(mixed, labels)
     return found
 
 
@@ -544,13 +543,11 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    trained = read_learner(args.eval, args, clip) if args.eval else None
-    learner = trained or train(args, clip, task, out)
+    learner = read_learner(args.eval, args, clip) if args.eval else train(args, clip, task, out)
     if processes()[0] > 0:
         return {}
     found = evaluate(args, clip, learner, encoded)
-    seconds = time.time() - start
-    return common.write_result(out, args, task, encoded, found, seconds, baseline)
+    return common.write_result(out, args, task, encoded, found, time.time() - start, baseline)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -578,8 +575,8 @@ def main(argv: list[str] | None = None) -> dict:
     clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
     folder = [None]
     if alone:
-        title = f"{method} against {'fine-tuning and ' * compare}zero-shot"
-        folder = [str(common.open_run(args, task, clip, title))]
+        against = "fine-tuning and zero-shot" if compare else "zero-shot"
+        folder = [str(common.open_run(args, task, clip, f"{method} against {against}"))]
     if processes()[1] > 1:
         dist.broadcast_object_list(folder, src=0)
     out = Path(folder[0])

@@ -303,14 +303,14 @@ def test_data_that_changed(tmp_path):
     result = prograd.main(["--eval", "here", "--test-part", "val"])
     assert not any("trained on by" in note for note in result["notes"])
     config = json.loads(Path("here/config.json").read_text())
-    tested = [data.below(a, str(tmp_path / "photos")) for a, _ in tested_items(flags)]
+    tested = [data.below(a, str(tmp_path / "photos")) for a, _ in items_of_test(flags)]
     config["train"] += [f"{path}\t0" for path in tested[:2]]
     Path("here/config.json").write_text(json.dumps(config))
     notes = prograd.main(["--eval", "here"])["notes"]
     assert "2 test images were trained on by here" in notes
 
 
-def tested_items(flags: list[str]) -> list:
+def items_of_test(flags: list[str]) -> list:
     args = common.settle(prograd.build_parser(), flags, "prograd", prograd.defaults)
     return data.load_task(args).tests[0].items
 

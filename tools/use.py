@@ -49,8 +49,7 @@ class Run:
         self.settings.pretrained = pretrained or self.settings.pretrained
         vars(self.settings).update(device=device, workers=0)
         self.method = SCRIPTS[config["method"]]
-        self.classnames = config["classnames"]
-        self.template = config["template"]
+        self.classnames, self.template = config["classnames"], config["template"]
         self.clip = common.load_clip(self.settings.model, self.settings.pretrained, device)
         same = self.clip.weights == config["weights"]
         require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
@@ -94,10 +93,8 @@ def predict(run: Run, args: argparse.Namespace) -> None:
     """Print the most probable classes of each image."""
     classnames = args.classes or run.classnames
     items = image_files(args.paths)
-    both = {
-        "zero-shot": run.zero_shot(classnames, run.features(items, tuned=False)),
-        "tuned": run.tuned(classnames, items),
-    }
+    zero_shot = run.zero_shot(classnames, run.features(items, tuned=False))
+    both = {"zero-shot": zero_shot, "tuned": run.tuned(classnames, items)}
     for i, (path, _) in enumerate(items):
         print(path)
         for name, logits in both.items():
@@ -128,8 +125,7 @@ def text_features(run: Run, classnames: list[str]) -> torch.Tensor:
 def export(run: Run, args: argparse.Namespace) -> None:
     """Class weights as safetensors; with --features a test set's features as npz."""
     if args.features:
-        export_features(run, args)
-        return
+        return export_features(run, args)
     require(len(args.paths) == 1, "export needs a file to write, or --features FILE.npz")
     weights = text_features(run, run.classnames)
     tensors = {"classifier" if weights.dim() == 2 else "samples": weights.contiguous()}
@@ -148,16 +144,14 @@ def export(run: Run, args: argparse.Namespace) -> None:
 def export_features(run: Run, args: argparse.Namespace) -> None:
     """Of the run's first test set: x and x_tuned [N, D], zero_shot and tuned text features, labels,
     classnames, predicted labels of both."""
-    task = data.load_task(run.settings)
-    test = task.tests[0]
+    test = data.load_task(run.settings).tests[0]
     x = run.features(test.items, tuned=False)
-    zero_shot = run.zero_shot(test.classnames, x)
     arrays = {
         "x": x,
         "x_tuned": run.features(test.items, tuned=True),
         "labels": torch.tensor([label for _, label in test.items]),
         "text_zero_shot": common.zero_shot_classifier(run.clip, test.classnames, [test.template]),
-        "predicted_zero_shot": zero_shot.argmax(dim=-1),
+        "predicted_zero_shot": run.zero_shot(test.classnames, x).argmax(dim=-1),
         "predicted_tuned": run.tuned(test.classnames, test.items).argmax(dim=-1),
     }
     if run.method is not vpt or run.learner.kind == "global":
@@ -178,8 +172,7 @@ def words(run: Run, args: argparse.Namespace) -> None:
     for i, vector in enumerate(run.learner.context.flatten(0, -2)):
         distance = (table[seen] - vector).norm(dim=-1)
         near = distance.topk(args.top, largest=False)
-        ids = seen[near.indices].tolist()
-        texts = [run.clip.tokenizer.decode([token]).strip() for token in ids]
+        texts = [run.clip.tokenizer.decode([i]).strip() for i in seen[near.indices].tolist()]
         pairs = [f"{text} {d:.2f}" for text, d in zip(texts, near.values.tolist())]
         print(f"{i:3}  length {vector.norm():.2f}  nearest: {', '.join(pairs)}")
 
@@ -189,9 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("action", choices=["predict", "export", "words"])
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("paths", nargs="*", help="images or folders; of export the file to write")
-    parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="predict among these [its own]"
-    )
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="predict among these")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="how many to show [3]")
     parser.add_argument("--features", metavar="FILE.npz", help="export features of its test set")
     parser.add_argument("--pretrained", metavar="W", help="where the CLIP's weights are now")
