@@ -155,12 +155,12 @@ def accuracy(test: str, kind: str = "tuned", measure: int = 0):
 
 
 def select(runs: dict, **wanted) -> list[dict]:
-    what = [row for row in runs.values() if wanted.items() <= row["what"].items()]
-    return what
+    return [row for row in runs.values() if wanted.items() <= row["what"].items()]
 
 
-def lines_of(runs: dict, methods: list[tuple], tests: list[str], base: str, **wanted) -> list[list]:
-    """A table: zero-shot, each (title, method, kind), and its paired difference to `base`."""
+def lines_of(runs: dict, methods: list, tests: list[str], base: str, rival="", **wanted) -> list:
+    """A table: zero-shot, each (title, method, kind), and its paired difference to `base`; of those
+    that are neither to `rival`, too."""
     first = select(runs, method=base, **wanted)
     if not first:
         return []
@@ -176,46 +176,37 @@ def lines_of(runs: dict, methods: list[tuple], tests: list[str], base: str, **wa
         out.append(
             [f"{title} ({n} seeds)", *[table.spread(list(found[t].values())) for t in tests]]
         )
-        if method != base or kind != "tuned":
-            plain = {t: by_seed(first, accuracy(t)) for t in tests}
+        others = [base, rival] if rival and method not in (base, rival) else [base]
+        for other in others if (method, kind) != (base, "tuned") else ():
+            rest = select(runs, method=other, **wanted)
+            plain = {t: by_seed(rest, accuracy(t)) for t in tests}
             shared = sorted(found[tests[0]].keys() & plain[tests[0]].keys())
             pairs = [[found[t][s] - plain[t][s] for s in shared] for t in tests]
-            out.append([f"… minus {base}", *[table.difference(pair) for pair in pairs]])
+            out.append([f"… minus {other}", *[table.difference(pair) for pair in pairs]])
     return out
 
 
 def write_tables() -> None:
     """tables.md, accuracy against shots, and ID against OOD."""
-    runs, parts = (
-        read_runs(),
-        ["# The toy study: accuracy in %, mean ± standard deviation over seeds"],
-    )
+    runs = read_runs()
+    parts = ["# The toy study: accuracy in %, mean ± standard deviation over seeds"]
     parts.append("Differences are paired over seeds, ± standard error.")
-    rules = [
-        ("CoOp", "CoOp", "tuned"),
-        ("ProGrad", "ProGrad", "tuned"),
-        ("CE + KL", "CE + KL", "tuned"),
-    ]
+    rules = [(name, name, "tuned") for name in ("CoOp", "ProGrad", "CE + KL")]
+    tests = ["base", "new", "H"]
     curves = defaultdict(list)
     for shots in (1, 2, 4, 8, 16):
-        lines = lines_of(runs, rules, ["base", "new", "H"], "CoOp", part="base to new", shots=shots)
+        what = {"part": "base to new", "shots": shots}
+        lines = lines_of(runs, rules, tests, "CoOp", "CE + KL", **what)
         if lines:
             parts += [f"\n## ProGrad, {shots} shots, six tasks", table.markdown(lines)]
         for title, method, _ in rules:
-            found = by_seed(
-                select(runs, method=method, part="base to new", shots=shots), accuracy("H")
-            )
+            found = by_seed(select(runs, method=method, **what), accuracy("H"))
             values = list(found.values())
             if len(values) > 1:
                 error = statistics.stdev(values) / len(values) ** 0.5
                 curves[title].append((shots, statistics.mean(values), error))
-    kinds = [("VPT", "VPT", "tuned"), ("VPT, u = 0.2", "VPT u = 0.2", "tuned")]
-    kinds = [
-        ("deterministic", "deterministic", "tuned"),
-        *kinds,
-        ("VPT, u = 10", "VPT u = 10", "tuned"),
-    ]
-    lines = lines_of(runs, kinds, ["base", "new", "H"], "deterministic", part="VPT")
+    kinds = [(m, m, "tuned") for m in ("deterministic", "VPT", "VPT u = 0.2", "VPT u = 10")]
+    lines = lines_of(runs, kinds, tests, "deterministic", part="VPT")
     if lines:
         parts += ["\n## VPT, global posterior, 4 shots, six tasks", table.markdown(lines)]
     points = {}
@@ -225,12 +216,11 @@ def write_tables() -> None:
                      for kind in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]  # fmt: skip
             kinds = [(m, m, "tuned") for m in ("fine-tuning", "ProReg", "KD")] + mixed
             what = {"part": f"ProReg {rate}", "task": task}
-            lines = lines_of(runs, kinds, ["all", "OOD", "H"], "fine-tuning", **what)
+            lines = lines_of(runs, kinds, ["all", "OOD", "H"], "fine-tuning", "KD", **what)
             if lines:
                 parts += [f"\n## ProReg, {task}, rate {rate}", table.markdown(lines)]
-            for title, method, kind in (
-                kinds if task == data.world.BIASED and rate == "3e-4" else ()
-            ):
+            shown = task == data.world.BIASED and rate == "3e-4"
+            for title, method, kind in kinds if shown else ():
                 rows = select(runs, method=method, **what)
                 if rows:
                     x, y = (by_seed(rows, accuracy(t, kind)).values() for t in ("all", "OOD"))
