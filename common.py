@@ -24,6 +24,7 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -35,9 +36,7 @@ TOYCLIP = Path(__file__).resolve().parent / "toyclip"
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. CLIP
-# --------------------------------------------------------------------------------------------------
+# 1. CLIP ------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Clip:
     """A frozen CLIP in eval mode, and what belongs to it."""
@@ -121,7 +120,7 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
     return open_clip.create_model(name, pretrained, force_quick_gelu=quick, require_pretrained=True)
 
 
-def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
+def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a local file (an archive of OpenAI's, safetensors, a state dict or a training
     checkpoint), and whether it is such an archive. No Python code in it is run.
 
@@ -137,7 +136,7 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], bool]:
     return {key: value for key, value in state.items() if not key.endswith(notes)}, archive
 
 
-def load_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], fault: str) -> None:
+def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str) -> None:
     """load_state_dict, or UserError `fault` with the first two names or shapes that differ."""
     expected = {(key, *value.shape) for key, value in module.state_dict().items()}
     differ = sorted(expected ^ {(key, *value.shape) for key, value in tensors.items()})[:2]
@@ -180,9 +179,7 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
     return torch.autocast(torch.device(clip.device).type, dtype, enabled=enabled)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. TEXT: many names behind one prefix. The heart of the project's speed
-# --------------------------------------------------------------------------------------------------
+# 2. TEXT: many names behind one prefix. The heart of the project's speed --------------------------
 @dataclasses.dataclass
 class Names:
     """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
@@ -191,11 +188,11 @@ class Names:
     copy of the prefix, and a mask keeps the texts of a row from seeing each other.
     """
 
-    rows: torch.Tensor  # [R, S, W] token + position embeddings
-    mask: torch.Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
-    eot: torch.Tensor  # [R, K] where in a row, prefix included, its k-th text ends
-    slot: torch.Tensor  # [C] which of the R · K texts is class c's
-    free: torch.Tensor  # [C · own] places of the R · S that are kept free for a class's own context
+    rows: Tensor  # [R, S, W] token + position embeddings
+    mask: Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
+    eot: Tensor  # [R, K] where in a row, prefix included, its k-th text ends
+    slot: Tensor  # [C] which of the R · K texts is class c's
+    free: Tensor  # [C · own] places of the R · S that are kept free for a class's own context
 
 
 def token_ids(clip: Clip, text: str, room: int) -> list[int]:
@@ -241,13 +238,13 @@ def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
     eot = torch.zeros(R, K, dtype=torch.long).index_put((row, nth), before + column + size - 1)
     free = (row * S + column)[:, None] + torch.arange(own)
 
-    to = functools.partial(torch.Tensor.to, device=table.device)
+    to = functools.partial(Tensor.to, device=table.device)
     rows = table[to(token.clamp(min=0))] * to(token >= 0)[:, :, None] + position[to(place)]
     mask = to(attention_mask(whose, place, before)).to(table.dtype)
     return Names(rows.detach(), mask, to(eot), to(row * K + nth), to(free.flatten()))
 
 
-def attention_mask(whose: torch.Tensor, place: torch.Tensor, before: int) -> torch.Tensor:
+def attention_mask(whose: Tensor, place: Tensor, before: int) -> Tensor:
     """A token sees the prefix and its own text, up to itself. whose, place [R, S]: whose a token is
     and where it stands in its prompt → [R, 1, P + S, P + S], 0 or -inf."""
     whose = F.pad(whose, (before, 0), value=-2)  # -2: the prefix
@@ -265,33 +262,33 @@ def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> 
     return pack(clip, [f"{name}." for name in classnames], 1 + n_ctx, own)
 
 
-def word_tokens(clip: Clip, words: str) -> torch.Tensor:
+def word_tokens(clip: Clip, words: str) -> Tensor:
     """The embeddings of a text's tokens, [k, W], without SOS and EOT."""
     ids = token_ids(clip, words, len(text_tower(clip.model).positional_embedding))[:-1]
     return text_tower(clip.model).token_embedding.weight[ids].detach()
 
 
-def start_of_text(clip: Clip) -> torch.Tensor:
+def start_of_text(clip: Clip) -> Tensor:
     """The SOS embedding, [1, 1, W]."""
     sos = clip.tokenizer.sot_token_id
     return text_tower(clip.model).token_embedding.weight[None, sos : sos + 1].detach()
 
 
 @torch.no_grad()
-def prompt_features(clip: Clip, classnames: list[str], template: str) -> torch.Tensor:
+def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
     """Text features [C, D] of a hand-written prompt, unnormalised."""
     names = pack(clip, [template.replace("{}", name) for name in classnames])
     with autocast(clip):
         return encode_prompts(clip, start_of_text(clip), names)[0]
 
 
-def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> torch.Tensor:
+def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
     """Unit rows [C, D] of hand-written prompts; of several templates their mean, normalised."""
     rows = [F.normalize(prompt_features(clip, classnames, t), dim=-1) for t in templates]
     return F.normalize(torch.stack(rows).mean(dim=0), dim=-1)
 
 
-def encode_prompts(clip: Clip, prefix: torch.Tensor, names: Names) -> torch.Tensor:
+def encode_prompts(clip: Clip, prefix: Tensor, names: Names) -> Tensor:
     """Text features of every class under every prefix: prefix [G, P, W] → [G, C, D], unnormalised.
 
     Equals sending each whole prompt [prefix, name, padding] through the tower, for CLIP's text
@@ -323,7 +320,7 @@ def encode_prompts(clip: Clip, prefix: torch.Tensor, names: Names) -> torch.Tens
     return features.to(prefix.dtype)  # whatever autocast computes in
 
 
-def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> torch.Tensor:
+def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
     """Each of r rows behind each of g prefixes through the transformer → what stands where the
     texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], eot [r, K]."""
     g, P, W = prefix.shape
@@ -346,9 +343,7 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> torch.Tensor
     return tower.ln_final(x).unflatten(0, (g, r))
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. IMAGES: each goes through the frozen encoder once; features are cached on disk
-# --------------------------------------------------------------------------------------------------
+# 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
 def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, cache=True) -> tuple:
     """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`.
 
@@ -408,9 +403,9 @@ class EncodedTest:
     """A test set, encoded by the frozen CLIP."""
 
     test: data.Test
-    x: torch.Tensor  # unit features [N, D]
-    labels: torch.Tensor  # [N]
-    zero_shot: torch.Tensor  # logits [N, C]
+    x: Tensor  # unit features [N, D]
+    labels: Tensor  # [N]
+    zero_shot: Tensor  # logits [N, C]
 
 
 def encode_tests(args: argparse.Namespace, clip: Clip, tests: list[data.Test]) -> list[EncodedTest]:
@@ -424,10 +419,8 @@ def encode_tests(args: argparse.Namespace, clip: Clip, tests: list[data.Test]) -
     return encoded
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. NUMBERS
-# --------------------------------------------------------------------------------------------------
-def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+# 4. NUMBERS ---------------------------------------------------------------------------------------
+def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """logits [N, C] (or log-probabilities), labels [N] → accuracy (%), mean_class_accuracy (%, mean
     of the accuracies of the classes that occur), nll (nats), ece (expected calibration error, 15
     bins, %). FloatingPointError where they are not finite.
@@ -471,9 +464,7 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. RUNS: flags, the run folder, results
-# --------------------------------------------------------------------------------------------------
+# 5. RUNS: flags, the run folder, results ----------------------------------------------------------
 # fmt: off
 FLAGS = {
     "model": {
@@ -770,7 +761,7 @@ def write_result(out: Path, args, task, encoded, found, seconds: float, baseline
     return result
 
 
-def probabilities(logits: torch.Tensor) -> torch.Tensor:
+def probabilities(logits: Tensor) -> Tensor:
     """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes 0, so that
     predictions of a thousand classes compress well."""
     found = torch.cat([part.softmax(dim=-1).half() for part in logits.split(4096)])

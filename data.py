@@ -12,7 +12,9 @@ PATH/classnames.txt may name the classes: a line "FOLDER<tab>NAME" for each.
 
 import argparse
 import collections
+import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -22,12 +24,14 @@ import re
 import sys
 import unicodedata
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toyclip import world
@@ -38,9 +42,7 @@ ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".spl
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb
 
 
-# --------------------------------------------------------------------------------------------------
-# 0. WHAT GOES WRONG: one line and an exit status, and never half a file
-# --------------------------------------------------------------------------------------------------
+# 0. WHAT GOES WRONG: one line and an exit status, and never half a file ---------------------------
 class UserError(Exception):
     """A mistake the user can mend. It is shown as one line, with exit status 2."""
 
@@ -116,18 +118,14 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is damaged, no JSON: {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. THE DATASETS: a row says where the images are and what tells their class, part and domain
-# --------------------------------------------------------------------------------------------------
+# 1. THE DATASETS: a row says where the images are and what tells their class, part and domain -----
 @dataclass
 class Source:
     images: str  # image folders below --data-root that are tried: CoOp's, torchvision's, others'
     get: str = ""  # torchvision's name of it, or what to get where
     template: str = "a photo of a {}."  # zero-shot CLIP's: CoOp's, for the last five ProReg's
     teacher: str = ""  # ProGrad's, with the class last, where it differs
-    split: str = (
-        ""  # CoOp's file {"train": [[path, label, class name], ...], "val": .., "test": ..}
-    )
+    split: str = ""  # CoOp's file {"train": [[path, label, class name], ..], "val": .., "test": ..}
     paths: str = ""  # or a pattern that reads class, part and domain off an image's path
     part: str = ""  # what all images are where paths do not say so: "test" of sets to test on
     lists: dict[str, str] = field(default_factory=dict)  # published lists of the images of a part
@@ -201,264 +199,265 @@ SOURCES = {
 WRONG = "sketch/dog/n02103406_4068-1.png"  # an entry of PACS's lists that Dassl leaves out, too
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "val", "valid": "val", "validation": "val"}
+OWN = rf"(ood/(?P<domain>[^/]+)/|(?P<part>(?i:{'|'.join(PARTS)}))/)?{CLASS}"
+OWN_DOMAINS = f"(?P<domain>[^/]+)/{CLASS}"
 # fmt: on
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. READING: every dataset becomes a list of entries, which is checked in one place
-# --------------------------------------------------------------------------------------------------
+# 2. READING: every dataset becomes a list of entries, which is checked in one place ---------------
 @dataclass
 class Found:
     """A whole dataset, before any draw."""
 
-    classnames: list[str]
-    parts: dict[str, list[Item]]  # train, val, test: in-distribution
-    ood: dict[str, list[Item]]  # further test sets, by domain
+    name: str
     source: Source
     root: str = ""  # the image folder
+    classnames: list[str] = field(default_factory=list)
+    parts: dict[str, list[Item]] = field(default_factory=dict)  # train, val, test: in-distribution
+    ood: dict[str, list[Item]] = field(default_factory=dict)  # further test sets, by domain
     notes: list[str] = field(default_factory=list)  # what its user has to know
 
 
 def read(name: str, args: argparse.Namespace) -> Found:
     """Find and read dataset `name`; of `args` where to look, and which domains are what."""
     if name in world.TASKS:
-        return read_toy(name)
-    source, root = locate(name, args)
-    notes, domains = [], "?P<domain>" in source.paths and not name.startswith("folder:")
-    if source.split:
-        entries, names = read_split(name, source, root, args)
-    else:
-        listed = source.lists and not domains
-        entries = (
-            read_lists(name, source, root) if listed else walk(name, source, root, args, notes)
-        )
-        if domains:
-            entries = choose_domains(name, source, root, entries, args, notes)
-        require(entries, f"{name}: no images in {root}; expected are paths {source.paths}")
-        names = class_names(name, root, entries, notes)
-    check_entries(name, root, entries, names, notes)
-    label = {cls: i for i, cls in enumerate(names)}
-    parts, ood = collections.defaultdict(list), collections.defaultdict(list)
+        task = world.TASKS[name]
+        return Found(name, Source("", template=task.template), "", *world.task_items(name))
+    found = locate(name, args)
+    entries, names = (read_split if found.source.split else read_folders)(found, args)
+    check_names(found, names)
+    found.classnames = list(names.values())
+    found.parts = {part: [] for part in ("train", "val", "test", "")}
+    label, root = {cls: i for i, cls in enumerate(names)}, os.path.join(found.root, "")
     for path, cls, part, domain in entries:
-        item = (os.path.join(root, path), label[cls])
-        (ood[domain] if part == "ood" else parts[part]).append(item)
-    return split_rest(name, Found(list(names.values()), parts, dict(ood), source, str(root), notes))
+        items = found.ood.setdefault(domain, []) if part == "ood" else found.parts[part]
+        items.append((root + path, label[cls]))
+    split_rest(found)
+    leaks = overlaps(found, real_paths(), "under several paths")
+    require(not leaks, f"{leaks[:1]} is to be trained and tested on: remove one")
+    return found
 
 
-def read_toy(name: str) -> Found:
-    task, parts = world.TASKS[name], {}
-    for part in task.parts:
-        labels = enumerate(world.task_labels(name, part))
-        parts[part] = [(f"toy:{name}/{part}/{i}", label) for i, label in labels]
-    own = {part: parts.pop(part) for part in ("train", "val", "test")}
-    return Found(task.classnames, own, parts, Source("", template=task.template))
-
-
-def locate(name: str, args: argparse.Namespace) -> tuple[Source, Path]:
+def locate(name: str, args: argparse.Namespace) -> Found:
     """The row of a dataset and its image folder; with --download torchvision fetches it."""
     kind, _, path = name.partition(":")
     if kind in ("folder", "domains") and path:
-        root = Path(path).expanduser()
-        require(root.is_dir(), f"{root} is no folder: expected are images {root}/CLASS/NAME.jpg")
-        pattern = f"(?P<domain>[^/]+)/{CLASS}" if kind == "domains" else folder_pattern(root)
-        return Source(path, paths=pattern), root
-    known = ", ".join([*world.TASKS, *SOURCES])
-    require(
-        name in SOURCES, f"no dataset is called {name!r}: use folder:PATH, domains:PATH, {known}"
-    )
-    source, data_root = SOURCES[name], Path(args.data_root).expanduser()
-    places = [data_root / place for place in source.images.split()]
+        root = os.path.expanduser(path)
+        require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
+        return Found(name, Source(path, paths=OWN if kind == "folder" else OWN_DOMAINS), root)
+    known = ", ".join(["folder:PATH, domains:PATH", *world.TASKS, *SOURCES])
+    require(name in SOURCES, f"no dataset is called {name!r}: use {known}")
+    source, data_root = SOURCES[name], os.path.expanduser(args.data_root)
+    places = [os.path.join(data_root, place) for place in source.images.split()]
     fetch = source.get.removeprefix("torchvision.")
-    if args.download and fetch != source.get and not any(map(Path.is_dir, places)):
+    if args.download and fetch != source.get and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
         getattr(datasets, fetch)(data_root, download=True)
-    found = [place for place in places if place.is_dir()]
+    there = list(filter(os.path.isdir, places))
     advice = f"get {fetch}" if fetch == source.get else "add --download"
-    require(found, f"{name}: no images in {' or '.join(map(str, places))}: {advice}")
-    return source, found[0]
+    require(there, f"{name}: no images in {' or '.join(places)}: {advice}")
+    return Found(name, source, there[0])
 
 
-def find_file(name: str, file: str, root: Path, url: str = "") -> Path:
+def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
-    above = root.parent
+    root, above = Path(found.root), Path(found.root).parent
     for place in (above, root, above / "splits", root / "splits", above.parent / "imagenet"):
         if (place / file).is_file():
             return place / file
     if not url:
-        raise FileNotFoundError(
-            errno.ENOENT, f"{name} needs it, see CoOp's DATASETS.md", above / file
-        )
+        advice = f"{found.name} needs it, see CoOp's DATASETS.md"
+        raise FileNotFoundError(errno.ENOENT, advice, above / file)
     write(above / file, urllib.request.urlopen(url).read())
     return above / file
 
 
-def resolve(root: Path, path: str, where: str) -> str:
-    """A path that a list names, which must be a file below root."""
+def resolve(found: Found, path: str, where: str) -> str:
+    """A path that a list names, which must be a file below the root."""
     path = path.replace("\\", "/")
-    inside = not path.startswith("/") and ".." not in path.split("/") and "\0" not in path
+    inside = path[:1] != "/" and ".." not in path.split("/") and "\0" not in path
     require(inside, f"{where}: {path!r} leaves the image folder; such a list is refused")
-    require((root / path).is_file(), f"{where}: {root / path} is missing: unpack the images again")
+    there = os.path.isfile(os.path.join(found.root, path))
+    require(there, f"{where}: {found.root}/{path} is missing: unpack the images again")
     return path
 
 
-def read_split(name: str, source: Source, root: Path, args) -> tuple[list, dict[int, str]]:
+def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Entry], dict[int, str]]:
     """CoOp's split file → entries, {label: class name}."""
-    file = find_file(name, source.split, root, SPLITS + source.split if args.download else "")
+    url = SPLITS + found.source.split if args.download else ""
+    file = find_file(found, found.source.split, url)
     split, entries, names = read_json(file), [], {}
     for part in ("train", "val", "test"):
         rows = split.get(part) if isinstance(split, dict) else None
         require(isinstance(rows, list), f'{file} has no list "{part}" of [path, label, class name]')
         for i, row in enumerate(rows):
             where = f"{file}, {part}[{i}]: {row!r}"
-            kinds = [type(value) for value in row] if isinstance(row, list) else []
-            require(kinds == [str, int, str], f"{where} is not [path, label, class name]")
-            known = names.setdefault(row[1], row[2])
-            require(known == row[2], f"{where}: this label is {known!r} before")
-            entries.append((resolve(root, row[0], where), row[1], part, ""))
-    numbered = names.keys() == set(range(len(names)))
-    require(numbered, f"{file}: labels must be 0, 1, 2, ..., not {sorted(names)[:9]}")
-    return entries, dict(sorted(names.items()))
+            good = isinstance(row, list) and [*map(type, row)] == [str, int, str]
+            require(good, f"{where} is not [path, label, class name]")
+            path, label, name = row
+            known = names.setdefault(label, name)
+            require(known == name, f"{where}: this label is {known!r} before")
+            entries.append((resolve(found, path, where), label, part, ""))
+    labels = sorted(names)
+    require(labels == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {labels[:9]}")
+    return entries, {label: names[label] for label in labels}
 
 
-def read_lists(name: str, source: Source, root: Path, part="", domain="") -> list[Entry]:
-    """Text files that name an image a line: "1025794 707-320", or of a part and domain
-    "sketch/dog/1.png 1"."""
+def read_folders(found: Found, args: argparse.Namespace) -> tuple[list[Entry], dict[str, str]]:
+    """What paths and lists say → entries, {class folder: its name in prompts} in label order."""
+    paths, lists = found.source.paths, found.source.lists
+    if paths == OWN:
+        entries = walk(found, args)
+        check_parts(found, entries)
+    elif "?P<domain>" in paths:
+        entries = choose_domains(found, walk(found, args), args)
+    else:
+        entries = read_lists(found, [(p, "") for p in lists]) if lists else walk(found, args)
+    require(entries, f"{found.name}: no images in {found.root}; expected are paths {paths}")
+    return entries, class_names(found, {cls for _, cls, _, _ in entries})
+
+
+def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Entry]:
+    """Of each (part, domain) the text file that names an image a line: "1025794 707-320", or of a
+    domain "sketch/dog/1.png 1"."""
     entries = []
-    pattern = rf"(?P<path>{source.paths}) \d+" if domain else "(?P<path>[^ ]+) (?P<cls>.+)"
-    for kind in [part] if part else source.lists:
-        file = find_file(name, source.lists[kind].format(domain), root)
+    for part, domain in pairs:
+        file = find_file(found, found.source.lists[part].format(domain))
+        pattern = rf"({found.source.paths}) \d+" if domain else "([^ ]+) (?P<cls>.+)"
         for i, line in enumerate(read_text(file).splitlines(), 1):
             match = re.fullmatch(pattern, line.strip())
             require(match, f"{file}, line {i}: {line!r} names no image and class")
-            path = match["path"] if domain else f"{match['path']}.jpg"
+            path = match[1] if domain else f"{match[1]}.jpg"
             if path != WRONG:
-                path = resolve(root, path, f"{file}, line {i}")
-                entries.append((path, match["cls"], kind, domain))
+                path = resolve(found, path, f"{file}, line {i}")
+                entries.append((path, match["cls"], part, domain))
     return entries
 
 
-def walk(name: str, source: Source, root: Path, args, notes: list[str]) -> list[Entry]:
-    """The images below root whose paths fit the pattern, class by class. What is left out of your
-    own folders is counted, by reason, in a note."""
+def walk(found: Found, args: argparse.Namespace) -> list[Entry]:
+    """The images below the root whose paths fit the pattern, class by class. What is left out of
+    your own folders is counted, by reason, in a note."""
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
-    entries, left = [], collections.Counter()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    entries, left, fits = [], collections.Counter(), re.compile(found.source.paths).fullmatch
+    for folder, folders, files in os.walk(found.root, followlinks=True):
         real = {sub: os.path.realpath(os.path.join(folder, sub)) for sub in folders}
         kept = [sub for sub in folders if not sub.startswith((".", "__")) and real[sub] not in own]
         left["hidden or own folders"] += len(folders) - len(kept)
         above = f"{os.path.realpath(folder)}/"  # a link to a folder above would have no end
         folders[:] = [sub for sub in kept if not above.startswith(f"{real[sub]}/")]
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
+        place = os.path.relpath(folder, found.root).replace(os.sep, "/") + "/"
+        place = place.removeprefix("./")
         for file in files:
-            path = f"{below}/{file}".removeprefix("./")
-            match = re.fullmatch(source.paths, path)
-            if match and file.lower().endswith(ENDINGS) and not file.startswith("."):
-                found = match.groupdict(default="")
-                cls = unicodedata.normalize("NFC", found.get("ood_cls") or found["cls"])
-                part = "ood" if found.get("ood_cls") else found.get("part", source.part).lower()
-                entries.append((path, cls, PARTS.get(part, part), found.get("domain", "")))
+            match = fits(place + file)
+            if match and file.lower().endswith(ENDINGS) and file[0] != ".":
+                named = match.groupdict(default="")
+                part, domain = named.get("part", ""), named.get("domain", "")
+                part = "ood" if domain else PARTS.get(part.lower(), found.source.part)
+                cls = unicodedata.normalize("NFC", named["cls"])
+                entries.append((place + file, cls, part, domain))
             elif file != "classnames.txt":
                 left[os.path.splitext(file)[1] or "no ending" if match else "no class folder"] += 1
     text = ", ".join(f"{n} ({why})" for why, n in left.items() if n)
-    notes += [f"files left out: {text}"] if text and ":" in name else []
+    found.notes += [f"files left out: {text}"] if text and ":" in found.name else []
     return sorted(entries, key=lambda entry: (entry[1], entry[0]))
 
 
-def folder_pattern(root: Path) -> str:
-    """Your own images: parts and then classes, if folders are called so; else classes."""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "ood")
-    parts = [folder for folder in folders if folder.lower() in PARTS]
-    ood = "ood/(?P<domain>[^/]+)/(?P<ood_cls>[^/]+)/.+"
-    if not any(path.is_dir() for part in parts for path in (root / part).iterdir()):
-        return f"{ood}|(?!ood/[^/]+/[^/]+/){CLASS}"
-    others = [folder for folder in folders if folder not in parts and folder[0] not in "._"]
-    text = f"{root} holds {parts[0]!r}, a part, and {others[:1]}, a class: keep one kind"
-    require(not others, f"{text}; a class called {parts[0]!r} needs another folder name")
-    kinds = sorted(PARTS[part.lower()] for part in parts)
-    good = kinds in (["test", "train"], ["train", "val"], ["test", "train", "val"])
-    require(
-        good, f"{root} has {', '.join(parts)}: needed are one train and one test, maybe one val"
-    )
-    return f"{ood}|(?P<part>{'|'.join(parts)})/{CLASS}"
+def check_parts(found: Found, entries: list[Entry]) -> None:
+    """Your own images: UserError for parts beside classes, and for too many or too few parts."""
+    pairs = {(path.split("/")[0], part) for path, _, part, _ in entries if part != "ood"}
+    parts = sorted(folder for folder, part in pairs if part)
+    classes = sorted(folder for folder, part in pairs if not part)
+    named = [folder for folder in classes if folder.lower() in PARTS]
+    require(not named, f"{found.root}: images lie in {named}: a class needs another folder name")
+    mixed = f"{found.root} holds {parts[:1]}, a part, and {classes[:1]}, a class: rename one"
+    require(not (parts and classes), mixed)
+    kinds = sorted(PARTS[folder.lower()] for folder in parts)
+    good = kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
+    require(good, f"{found.root} has {parts}: needed are one train and one test, maybe one val")
 
 
-def choose_domains(name: str, source: Source, root: Path, entries: list, args, notes: list) -> list:
+def choose_domains(found: Found, entries: list[Entry], args: argparse.Namespace) -> list[Entry]:
     """The entries of the domains to train on, and as part "ood" those of the domains to test on."""
-    if name.startswith("nico") and not (args.train_domain or args.test_domain):
-        notes.append("the last 30 % of every class's contexts, by name, are held out")
-        return hold_out_contexts(entries)
+    name, kinds = found.name, found.source.lists
+    given = args.train_domain or (), args.test_domain or ()
+    train, test = given if any(given) else found.source.domains
+    if name.startswith("nico") and not (train or test):
+        return hold_out_contexts(found, entries)
     known = sorted({domain for *_, domain in entries})
-    train, test = args.train_domain, args.test_domain
-    train, test = (train, test) if train or test else source.domains
     require(train or test, f"{name}: name --train-domain or --test-domain, of {', '.join(known)}")
     train = train or [domain for domain in known if domain not in test]
     test = test or [domain for domain in known if domain not in train]
     bad = set([*train, *test]) - set(known) | set(train) & set(test)
     require(train and test and not bad, f"{name}: trains on {train}, tests on {test}, of {known}")
-    part = dict.fromkeys(train, "train") | dict.fromkeys(test, "ood")
-    whole = [(path, cls, part[d], d) for path, cls, _, d in entries if d in part]
-    which = {"train": train, "val": train, "test": train, "ood": test}
-    lists = [(kind, domain) for kind in source.lists for domain in which[kind]]
-    try:
-        listed = [read_lists(name, source, root, *pair) for pair in lists]
-    except FileNotFoundError as error:
-        notes.append(f"its published lists are not there ({error.filename})")
-        return whole
-    return sorted(itertools.chain(*listed), key=lambda entry: entry[1].lower()) or whole
+    if kinds:
+        pairs = [(kind, domain) for kind in kinds for domain in (test if kind == "ood" else train)]
+        with contextlib.suppress(FileNotFoundError):
+            return read_lists(found, pairs)
+        found.notes.append("its published lists are not there")
+    part = dict.fromkeys(train, "") | dict.fromkeys(test, "ood")
+    return [(path, cls, part[d], d) for path, cls, _, d in entries if d in part]
 
 
-def hold_out_contexts(entries: list[Entry]) -> list[Entry]:
+def hold_out_contexts(found: Found, entries: list[Entry]) -> list[Entry]:
     """NICO, whose classes have contexts of their own: some of each class's are for testing."""
+    found.notes.append("the last 30 % of every class's contexts, by name, are held out")
     contexts = collections.defaultdict(set)
     for _, cls, _, domain in entries:
         contexts[cls].add(domain)
     seen = {cls: sorted(own)[: len(own) - round(0.3 * len(own))] for cls, own in contexts.items()}
-    kinds = [("ood", "held-out contexts"), ("train", "")]
+    kinds = [("ood", "held-out contexts"), ("", "")]
     return [(path, cls, *kinds[domain in seen[cls]]) for path, cls, _, domain in entries]
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. NAMES, CHECKS AND PARTS
-# --------------------------------------------------------------------------------------------------
-def class_names(name: str, root: Path, entries: list[Entry], notes: list[str]) -> dict[str, str]:
+# 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
+def class_names(found: Found, classes: set[str]) -> dict[str, str]:
     """{class folder: its name in prompts}, in label order."""
-    folded = str.lower if any(domain for *_, domain in entries) else None
-    classes = sorted({cls for _, cls, _, _ in entries}, key=folded)
-    if name == "fgvc_aircraft":
-        classes = read_text(find_file(name, "variants.txt", root)).splitlines()
-    if ":" in name and (root / "classnames.txt").is_file():
-        return read_names(root / "classnames.txt", classes)
-    if name.startswith("imagenet") or all(re.fullmatch(r"n\d{8}", cls) for cls in classes):
-        return wordnet_names(name, root, classes, notes)
-    bad = [cls for cls in classes if re.search("[\ud800-\udfff]", cls)]
-    require(not bad, f"{root}: the folder {bad[:1]} is not UTF-8: name it in classnames.txt")
-    return {cls: cls for cls in classes}
+    ordered = sorted(classes, key=str.lower if "?P<domain>" in found.source.paths else None)
+    own = Path(found.root, "classnames.txt")
+    if found.name == "fgvc_aircraft":
+        ordered = read_text(find_file(found, "variants.txt")).splitlines()
+    if ":" in found.name and own.is_file():
+        return read_names(found, own, ordered)
+    if found.name.startswith("imagenet") or all(re.fullmatch(r"n\d{8}", cls) for cls in classes):
+        return wordnet_names(found, ordered)
+    bad = [cls for cls in ordered if re.search("[\ud800-\udfff]", cls)]
+    require(not bad, f"{found.root}: the folder {bad[:1]} is not UTF-8: name it in classnames.txt")
+    return dict(zip(ordered, ordered))
 
 
-def wordnet_names(name: str, root: Path, classes: list[str], notes: list[str]) -> dict[str, str]:
+def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
     """Of WordNet ids: by classnames.txt ("WNID NAME" lines), else open_clip's. V2 has 0 to 999."""
     from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    try:
-        file = find_file(name, "classnames.txt", root)
-        names = dict(line.strip().split(" ", 1) for line in read_text(file).strip().splitlines())
-    except FileNotFoundError:
-        file = "open_clip, for the sorted WordNet ids"
-        names = dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES))
-    notes.append(f"class names are from {file}")
+    names = dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES))
+    file = "open_clip, for the sorted WordNet ids"
+    with contextlib.suppress(FileNotFoundError):
+        file = find_file(found, "classnames.txt")
+        names = dict(line.partition(" ")[::2] for line in read_text(file).strip().splitlines())
     if "0" in classes:
         names = {str(i): text for i, text in enumerate(names.values())}
-    unknown = [cls for cls in classes if cls not in names]
-    require(not unknown, f"{root}: the folder {unknown[:1]} has no name in {file}")
-    return {cls: text for cls, text in names.items() if cls in classes}
+    unknown = {cls: cls for cls in classes if cls not in names}
+    known = not unknown or ":" in found.name
+    require(known, f"{found.root}: the folder {[*unknown][:1]} has no name in {file}")
+    rest = f"; {len(unknown)} ids that it lacks stay as they are" if unknown else ""
+    found.notes.append(f"class names are from {file}{rest}")
+    return {cls: text for cls, text in (names | unknown).items() if cls in classes}
 
 
-def read_names(file: Path, folders: list[str]) -> dict[str, str]:
-    """classnames.txt: a line "FOLDER<tab>NAME" for each class folder."""
-    names = {}
-    for line in filter(str.strip, read_text(file).splitlines()):
+def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
+    """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
+    folders in order, where it is clear which order: not for 1, 10, 2."""
+    names, lines = {}, list(filter(str.strip, read_text(file).splitlines()))
+    if not any("\t" in line or line.startswith(tuple(folders)) for line in lines):
+        natural = sorted(folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text))
+        clear = len(lines) == len(folders) and natural == folders
+        text = f"{len(lines)} names alone for {len(folders)} folders, in the order {natural[:3]} .."
+        require(clear, f"{file}: {text} or {folders[:3]} ..? Write FOLDER<tab>NAME")
+        lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
+        found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
+    for line in lines:
         folder, _, text = line.partition("\t")
         folder = unicodedata.normalize("NFC", folder.strip())
         fits = text.strip() and folder in folders and folder not in names
@@ -469,37 +468,27 @@ def read_names(file: Path, folders: list[str]) -> dict[str, str]:
     return {folder: names[folder] for folder in folders}
 
 
-def check_entries(name: str, root: Path, entries: list, names: dict, notes: list) -> None:
-    """Classes that prompts cannot tell apart, and images that are named twice."""
+def check_names(found: Found, names: dict) -> None:
+    """Classes that prompts cannot tell apart: their tokens are the same, or none."""
     from open_clip import SimpleTokenizer
 
-    tokenizer = SimpleTokenizer()
-    require(len(names) > 1, f"{root}: there is one class, {[*names.values()]}: two are needed")
-    twins, uses, real = collections.defaultdict(list), collections.defaultdict(set), {}
+    tokenizer, twins = SimpleTokenizer(), collections.defaultdict(list)
+    require(len(names) > 1, f"{found.root} has one class, {[*names.values()]}: two are needed")
     for text in names.values():
         twins[tuple(tokenizer.encode(text.replace("_", " ")))].append(text)
-    same = [group for tokens, group in twins.items() if len(group) > 1 or not tokens]
-    known = not same or name.startswith("imagenet")  # whose own list has such pairs
-    require(known, f"{root}: classes {same[:1]} have one prompt, or no name: rename one")
-    notes += [f"classes {same[:1]} have one prompt; they stay apart, by label"] if same else []
-    for path, cls, part, _ in entries:
-        folder, file = os.path.split(os.path.join(root, path))
-        where = real.setdefault(folder, os.path.realpath(folder) if folder not in real else "")
-        file = os.path.join(where, file)
-        uses[os.path.realpath(file) if os.path.islink(file) else file].add((part, cls))
-    leaks = [file for file, use in uses.items() if {"train", "test"} <= {part for part, _ in use}]
-    require(not leaks, f"{root}: {leaks[:1]} is to be trained and tested on: remove one")
-    doubles = len(entries) - len(uses)
-    notes += [f"{doubles} images are named twice, under other labels or parts"] if doubles else []
+    same = [group for tokens, group in twins.items() if len(group) > 1 or not tokens][:1]
+    known = not same or found.name.startswith("imagenet")  # whose own list has such pairs
+    require(known, f"{found.root}: classes {same} have one prompt, or no name: rename one")
+    found.notes += [f"classes {same} have one prompt; they stay apart, by label"] if same else []
 
 
-def split_rest(name: str, found: Found) -> Found:
+def split_rest(found: Found) -> None:
     """Parts that nothing on disk gives are ours: the same for every seed, so that all seeds share a
     test set."""
-    parts = found.parts
-    parts["train"] += parts.pop("", [])
-    if name == "imagenet" or (name.startswith("folder:") and parts["val"] and not parts["test"]):
-        parts["test"] = parts.pop("val", [])
+    parts, name = found.parts, found.name
+    parts["train"] += parts.pop("")
+    if name == "imagenet" or (name[:7] == "folder:" and parts["val"] and not parts["test"]):
+        parts["test"], parts["val"] = parts["val"], []
         found.notes.append("its val is the test part")
     missing = [part for part in ("val", "test") if not parts[part] and parts["train"]]
     if "test" in missing or (missing and found.ood):
@@ -507,13 +496,12 @@ def split_rest(name: str, found: Found) -> Found:
         parts |= split_items(parts["train"], shares, found)
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text}, the rest {'train' if found.ood else 'test'}")
-    trained = {label for _, label in parts["train"]}
-    extra = (
-        sorted({label for _, label in parts["val"] + parts["test"]} - trained) if trained else []
-    )
-    text = f"{name}: class {[found.classnames[label] for label in extra[:1]]} has no training image"
-    require(not extra or found.ood, f"{text}: add one, or remove its other images")
-    return found
+    if parts["train"] and not found.ood:
+        trained = {label for _, label in parts["train"]}
+        extra = sorted({label for _, label in parts["val"] + parts["test"]} - trained)
+        names = [found.classnames[label] for label in extra[:1]]
+        advice = "add one, or remove its other images"
+        require(not extra, f"{name}: class {names} has no training image: {advice}")
 
 
 def split_items(items: list[Item], shares: dict[str, float], found: Found) -> dict[str, list[Item]]:
@@ -535,15 +523,44 @@ def split_items(items: list[Item], shares: dict[str, float], found: Found) -> di
     return parts
 
 
+def overlaps(found: Found, identity: Callable[[str], object], how: str) -> list[str]:
+    """Note images that are there twice, by their identity → those both trained and tested on."""
+    first, twice = {}, collections.defaultdict(list)
+    for part, items in [*found.parts.items(), *(("test", items) for items in found.ood.values())]:
+        for address, label in items:
+            use = (address, part, label)
+            known = first.setdefault(identity(address), use)
+            if known is not use:
+                twice[known].append(use)
+    uses = [list(zip(known, *more)) for known, more in twice.items()]  # addresses, parts, labels
+    if uses:
+        classes = sum(len(set(labels)) > 1 for _, _, labels in uses)
+        parts = sum(len(set(parts)) > 1 for _, parts, _ in uses)
+        text = f"{len(uses)} images are there {how}, {classes} of them in two classes"
+        found.notes.append(f"{text}, {parts} in two parts")
+    return [addresses[0] for addresses, parts, _ in uses if {"train", "test"} <= set(parts)]
+
+
+def real_paths() -> Callable[[str], str]:
+    """A function that follows links. Each folder is asked once, and no file: there may be many."""
+    folders = functools.cache(os.path.realpath)
+    links = functools.cache(lambda folder: {e.name for e in os.scandir(folder) if e.is_symlink()})
+
+    def real(address: str) -> str:
+        folder, _, file = address.rpartition("/")
+        path = f"{folders(folder)}/{file}"
+        return os.path.realpath(path) if file in links(folder) else path
+
+    return real
+
+
 def below(address: str, root: str) -> str:
     """An address without its root, the same wherever the dataset lies."""
-    path = os.path.relpath(address, root).replace(os.sep, "/") if root else address
+    path = address[len(root) :].lstrip(os.sep).replace(os.sep, "/")
     return unicodedata.normalize("NFC", path)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. DRAWS: each is a pure function of its seed, so that no generator's state has to be saved
-# --------------------------------------------------------------------------------------------------
+# 4. DRAWS: each is a pure function of its seed, so that no generator's state has to be saved ------
 def draw_seed(*what) -> int:
     """A 63-bit number that depends on `what` alone."""
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "big") >> 1
@@ -553,7 +570,7 @@ def generator(seed: int, purpose: str, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed(seed, purpose, *where))
 
 
-def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[torch.Tensor]:
+def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[Tensor]:
     """Shuffled batches of positions, at most max_steps (0: all). As released, the partial batch is
     dropped if a full one exists."""
     parts = torch.randperm(n, generator=generator(seed, "order", epoch)).split(size)
@@ -587,9 +604,7 @@ def keep_labels(items: list[Item], labels: range) -> list[Item]:
     return [(address, label - labels.start) for address, label in items if label in labels]
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. TASKS
-# --------------------------------------------------------------------------------------------------
+# 5. TASKS -----------------------------------------------------------------------------------------
 @dataclass
 class Test:
     """One test set. tests[0] of a task is in-distribution, another domain of its name is not."""
@@ -611,10 +626,15 @@ class Task:
     train: list[Item]
     val: list[Item]
     tests: list[Test]
-    split: str  # sha1 of `lines`
     notes: list[str]
     lines: list[str] = field(default_factory=list)  # "path below root<tab>label", trained on
     root: str = ""
+
+    @property
+    def split(self) -> str:
+        """Hash of the training images."""
+        text = "\n".join(self.lines)
+        return hashlib.sha1(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def validation(self) -> list[Test]:
         """The validation part of the training classes."""
@@ -624,32 +644,28 @@ class Task:
 
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for."""
-    braces = re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}")
-    require(braces, f"--template {args.template!r} needs one {{}}, where the class name goes")
-    found = read(args.dataset, args)
-    text = f"{args.dataset} is for testing only: train on another, with --test-on {args.dataset}"
-    require(found.parts["train"], text)
-    n = len(found.classnames)
-    require(
-        args.classes == "all" or n > 3, f"{args.dataset}: {n} classes have no base and new half"
-    )
+    name, own = args.dataset, args.template
+    braces = re.fullmatch(r"[^{}]*\{\}[^{}]*", own or "{}")
+    require(braces, f"--template {own!r} needs one {{}}, where the class name goes")
+    found = read(name, args)
+    parts, n = found.parts, len(found.classnames)
+    require(parts["train"], f"{name} is for testing only: train on another, with --test-on {name}")
+    require(args.classes == "all" or n > 3, f"{name}: {n} classes have no base and new half")
     classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
-    drawn = fewshot(found.parts["train"], found.parts["val"], args.shots, args.seed)
+    drawn = fewshot(parts["train"], parts["val"], args.shots, args.seed)
     train, val = (keep_labels(items, range(len(classnames))) for items in drawn)
-    counts = collections.Counter(label for _, label in train)
-    least = min(counts[label] for label in range(len(classnames)))
+    least = min(map(len, by_label(train).values()))
     few = least < (1 if args.shots == "all" else args.shots)
     found.notes += [f"a class has {least} training images, no more"] if few else []
-    template = args.template or found.source.template
-    tests = make_tests(args.dataset, found, args.classes, args.test_part, template)
+    template = own or found.source.template
+    tests = make_tests(found, args.classes, args.test_part, template)
     for other in args.test_on:
         target = read(other, args)
-        tests += make_tests(other, target, "all", args.test_part, target.source.template)
+        tests += make_tests(target, "all", args.test_part, target.source.template)
         found.notes += target.notes
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
-    split = hashlib.sha1("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    texts = classnames, template, args.template or found.source.teacher or template
-    return Task(args.dataset, *texts, train, val, tests, split, found.notes, lines, found.root)
+    texts = classnames, template, own or found.source.teacher or template
+    return Task(name, *texts, train, val, tests, found.notes, lines, found.root)
 
 
 def trained_on(task: Task, lines: list[str]) -> int:
@@ -659,19 +675,16 @@ def trained_on(task: Task, lines: list[str]) -> int:
     return len({line.rpartition("\t")[0] for line in lines} & tested)
 
 
-def make_tests(name: str, found: Found, classes: str, part: str, template: str) -> list[Test]:
+def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:
     """In-distribution first, all classes or base and new; then the other domains."""
     n = len(found.classnames)
     half = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
-    halves = {"all": range(n)} if classes == "all" else half
-    sets = {"": found.parts[part]} | (found.ood if part == "test" else {})
     tests = []
-    for domain, items in sets.items():
-        for which, labels in halves.items():
-            names = found.classnames[labels.start : labels.stop]
-            tests.append(Test(name, domain, which, names, template, keep_labels(items, labels)))
-    tests = [test for test in tests if test.items]
-    require(tests, f"{name} has no images in its {part} part")
+    for domain, items in {"": found.parts[part], **(found.ood if part == "test" else {})}.items():
+        for which, labels in ({"all": range(n)} if classes == "all" else half).items():
+            names, own = found.classnames[labels.start : labels.stop], keep_labels(items, labels)
+            tests += [Test(found.name, domain, which, names, template, own)] if own else []
+    require(tests, f"{found.name} has no images in its {part} part")
     return tests
 
 
@@ -693,9 +706,7 @@ FLAGS = {
 # fmt: on
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. IMAGES
-# --------------------------------------------------------------------------------------------------
+# 6. IMAGES ----------------------------------------------------------------------------------------
 def read_image(address: str) -> Image.Image:
     """An RGB image, EXIF orientation applied. UserError names the file and what is wrong.
 
@@ -703,18 +714,18 @@ def read_image(address: str) -> Image.Image:
     indices. CoOp's code ignores EXIF.
     """
     if address.startswith("toy:"):
-        task, part, index = address[4:].split("/")
-        return Image.fromarray(world.task_image(task, part, int(index)))
+        return Image.fromarray(world.item_image(address))
     try:
         with Image.open(address) as image:
             short, long = sorted(image.size)
             limit = f"the limits are {MAX_PIXELS:,}, and 200 times as long as wide: shrink it"
             fits = short * long <= MAX_PIXELS and long <= 200 * short
             require(fits, f"{short} x {long} pixels; {limit}")
-            low, high = image.getextrema() if image.mode == "F" else (0, 0)
-            require(0 <= low and high <= 1, f"floats {low:g} to {high:g}: scale them to [0, 1]")
-            image = upright(image)
+            with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "F":
+                low, high = image.getextrema()
+                require(0 <= low and high <= 1, f"floats {low:g} to {high:g}: scale them to [0, 1]")
                 image = image.point(lambda value: value * 255 + 0.5).convert("L")
             if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
@@ -723,12 +734,16 @@ def read_image(address: str) -> Image.Image:
         raise UserError(f"{address}: {error or type(error).__name__}") from error
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """As its EXIF orientation says; as it is where the EXIF data are damaged."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the photo itself is readable
-        return image
+def check_images(found: Found) -> list[str]:
+    """Every image that cannot be read, and every copy, by content, that is where it must not be."""
+
+    def content(address: str) -> bytes:
+        return hashlib.sha1(Path(address).read_bytes()).digest()
+
+    copies = overlaps(found, content, "as copies") if found.root else []
+    faults = bad_images(itertools.chain(*found.parts.values(), *found.ood.values()))
+    found.notes += [] if faults else ["all images can be read"]
+    return faults + [f"{path}: trained on, and a copy is tested on" for path in copies]
 
 
 def bad_images(items: list[Item]) -> list[str]:
@@ -752,22 +767,20 @@ def train_transform(preprocess, augment: str):
 
     if augment == "none":
         return preprocess
-    if augment == "randaugment":
-        return T.Compose([T.RandAugment(2, 9), preprocess])
     size = [step.size for step in preprocess.transforms if hasattr(step, "size")][-1]
-    normalise = [step for step in preprocess.transforms if isinstance(step, T.Normalize)]
     crop = T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
-    return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), *normalise])
+    kinds = {"crop": [crop, T.RandomHorizontalFlip()], "randaugment": [T.RandAugment(2, 9)]}
+    return T.Compose([*kinds[augment], *preprocess.transforms])  # a crop has its final size
 
 
+@dataclass
 class ImageSet(Dataset):
     """[position + view · N] → (image [3, H, W], label, position), where N = len. A view is a pure
     function of (seed, view, position)."""
 
-    def __init__(self, items: list[Item], transform, seed: int = 0):
-        self.items = items
-        self.transform = transform
-        self.seed = seed
+    items: list[Item]
+    transform: Callable
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -790,21 +803,19 @@ def image_loader(images: ImageSet, batches: list[list[int]], args) -> DataLoader
     return DataLoader(images, batch_sampler=batches, num_workers=n, **keep)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. THE COMMAND: what is there
-# --------------------------------------------------------------------------------------------------
+# 7. THE COMMAND: what is there --------------------------------------------------------------------
 LIKE = dict.fromkeys(world.TASKS, "like the 11 datasets of ProGrad and VPT") | {
     "toy_shapes_biased": "like BAR and NICO, a shortcut in training",
     "toy_shapes_unbiased": "its control, without the shortcut",
 }
 
 
-def describe(name: str, found: Found, whole: bool) -> None:
+def describe(found: Found, whole: bool) -> None:
     """A line about a dataset; then its notes, and the images of each class and part."""
     sets = found.parts | {f"ood {domain}": items for domain, items in found.ood.items()}
     sizes = ", ".join(f"{len(items)} {part}" for part, items in sets.items() if items)
-    where = LIKE.get(name, f"in {found.root}")
-    print(f"{name:30} {len(found.classnames)} classes; {sizes}; {where}")
+    where = LIKE.get(found.name, f"in {found.root}")
+    print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; {where}")
     print("".join(f"note: {note}\n" for note in found.notes if whole), end="")
     for label, cls in enumerate(found.classnames if whole else ()):
         counts = [sum(item[1] == label for item in items) for items in sets.values()]
@@ -818,18 +829,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
     parser.set_defaults(data_root="data", dataset="all")
     args = parser.parse_args(argv)
-    for name in [*world.TASKS, *SOURCES] if args.dataset == "all" else [args.dataset]:
+    if args.dataset != "all":
+        found = read(args.dataset, args)
+        faults = check_images(found) if args.check_images else []
+        describe(found, True)
+        print("".join(f"{fault}\n" for fault in faults), end="")
+        require(not faults, f"{len(faults)} images are broken, or trained and tested on: see above")
+        return
+    for name in [*world.TASKS, *SOURCES]:
         try:
-            found = read(name, args)
-            describe(name, found, name == args.dataset)
+            describe(read(name, args), False)
         except (UserError, FileNotFoundError) as error:
-            if args.dataset == name:
-                raise
             print(f"{name:30} {str(error).removeprefix(f'{name}: ')}")
-    if args.check_images:
-        faults = bad_images(list(itertools.chain(*found.parts.values(), *found.ood.values())))
-        print("\n".join(faults) or "all images can be read")
-        require(not faults, f"{len(faults)} images are broken: mend or remove them")
 
 
 if __name__ == "__main__":

@@ -74,12 +74,11 @@ import common
 import data
 from common import Clip, Names, require
 
+# 1. METHOD: the functions that are the paper. It needs torch alone: paste it anywhere -------------
+Tensor = torch.Tensor
 
-# --------------------------------------------------------------------------------------------------
-# 1. METHOD: the functions that are the paper. Tensors and numbers in, tensors out; torch only:
-#    paste this section anywhere.
-# --------------------------------------------------------------------------------------------------
-def project_gradient(g_d: torch.Tensor, g_g: torch.Tensor, lam: float = 1.0) -> torch.Tensor:
+
+def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
     """Remove from g_d the component that conflicts with g_g (Eq. 5). Both of one shape, any shape.
 
     One inner product over the whole tensor. g_g = 0 and "no conflict" both give g_d; λ = 1 leaves g
@@ -101,9 +100,7 @@ def project_gradient(g_d: torch.Tensor, g_g: torch.Tensor, lam: float = 1.0) -> 
     return g_d - torch.where(conflict, share, torch.zeros_like(share)) * g_g
 
 
-def distillation_loss(
-    logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 1.0
-) -> torch.Tensor:
+def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
     """Cross-entropy from the zero-shot prediction, times T² (Eq. 3). logits, zs_logits [B, C] →
     a scalar, nats. It is the KL divergence plus the zero-shot prediction's entropy.
 
@@ -120,9 +117,7 @@ def distillation_loss(
     return -(p_zs * log_p).sum(dim=-1).mean() * T**2
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. MODEL: M vectors in front of the class name
-# --------------------------------------------------------------------------------------------------
+# 2. MODEL: M vectors in front of the class name ---------------------------------------------------
 class PromptLearner(torch.nn.Module):
     """The learned context. It holds no class: `forward` takes tokenised names, so that a trained
     prompt reads any classes.
@@ -130,7 +125,7 @@ class PromptLearner(torch.nn.Module):
     context [M, W], shared by all classes, or [C, M, W], one for each (--csc).
     """
 
-    def __init__(self, clip: Clip, context: torch.Tensor):
+    def __init__(self, clip: Clip, context: Tensor):
         super().__init__()
         self.clip = clip  # no submodule: state_dict() is the context alone
         self.context = torch.nn.Parameter(context.clone())
@@ -142,7 +137,7 @@ class PromptLearner(torch.nn.Module):
             return common.name_tokens(self.clip, classnames, M)
         return common.name_tokens(self.clip, classnames, 0, own=M)
 
-    def forward(self, names: Names) -> torch.Tensor:
+    def forward(self, names: Names) -> Tensor:
         """names(classnames) → text features [C, D], unnormalised."""
         prefix = common.start_of_text(self.clip)  # [1, 1, W]
         if self.context.dim() == 2:  # [SOS, context] is the same for all classes
@@ -153,14 +148,14 @@ class PromptLearner(torch.nn.Module):
             return common.encode_prompts(self.clip, prefix, names)[0]
 
 
-def with_contexts(context: torch.Tensor, names: Names) -> Names:
+def with_contexts(context: Tensor, names: Names) -> Names:
     """--csc: the context [C, M, W] differs by class, so it fills the places kept free before the
     class's own name."""
     rows = names.rows.flatten(0, 1).index_add(0, names.free, context.flatten(0, 1))
     return dataclasses.replace(names, rows=rows.view_as(names.rows))
 
 
-def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int) -> torch.Tensor:
+def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int) -> Tensor:
     """[M, W]: the template's tokens in the last slots and zeros before; or N(0, 0.02²)."""
     if init == "random":
         noise = torch.randn(n_ctx, clip.width, generator=data.generator(seed, "context"))
@@ -171,7 +166,7 @@ def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int)
     return torch.cat([words.new_zeros(n_ctx - k, clip.width), words])
 
 
-def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) -> torch.Tensor:
+def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) -> Tensor:
     """Zero-shot CLIP's unit text features [C, D], of one template or of many (ProGrad++)."""
     many = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
     if clip.name == "toyclip":  # it knows few words
@@ -180,9 +175,7 @@ def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) ->
     return common.zero_shot_classifier(clip, task.classnames, templates)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. FLAGS
-# --------------------------------------------------------------------------------------------------
+# 3. FLAGS -----------------------------------------------------------------------------------------
 # fmt: off
 SETTINGS = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature": 1.0, "n_ctx": 16,
             "init": "template", "csc": False, "batch_size": 32, "momentum": 0.9,
@@ -227,17 +220,15 @@ def build_parser() -> data.Parser:
     return common.new_parser(__doc__, "ProGrad", FLAGS, defaults)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. TRAIN
-# --------------------------------------------------------------------------------------------------
+# 4. TRAIN -----------------------------------------------------------------------------------------
 def step(
     learner: PromptLearner,
     names: Names,
-    teacher: torch.Tensor,
-    x: torch.Tensor,
-    labels: torch.Tensor,
+    teacher: Tensor,
+    x: Tensor,
+    labels: Tensor,
     args: argparse.Namespace,
-) -> torch.Tensor:
+) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], the teacher's unit text features [C, D]
     → [L_ce, L_kl, cosine of g_d and g_g, whether they conflict]. Sets context.grad to g."""
     text = F.normalize(learner(names), dim=-1)  # [C, D]
@@ -294,13 +285,11 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
     return learner
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. EVALUATE
-# --------------------------------------------------------------------------------------------------
+# 5. EVALUATE --------------------------------------------------------------------------------------
 @torch.no_grad()
 def class_logits(
-    learner: PromptLearner, clip: Clip, classnames: list[str], x: torch.Tensor, template: str = ""
-) -> torch.Tensor:
+    learner: PromptLearner, clip: Clip, classnames: list[str], x: Tensor, template: str = ""
+) -> Tensor:
     """Logits [N, C] of unit image features x [N, D] among any class names. (`template` is for
     proreg.py's function of this name.)"""
     text = learner(learner.names(classnames))
@@ -331,9 +320,7 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
     return common.write_result(out, args, task, encoded, found, seconds, baseline)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. MAIN
-# --------------------------------------------------------------------------------------------------
+# 6. MAIN ------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds."""
     args = common.settle(build_parser(), argv, "prograd", defaults)

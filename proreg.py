@@ -80,14 +80,13 @@ import common
 import data
 from common import Clip, require
 
+# 1. METHOD: the functions that are the paper. It needs torch alone: paste it anywhere -------------
+Tensor = torch.Tensor
 
-# --------------------------------------------------------------------------------------------------
-# 1. METHOD: the functions that are the paper. Tensors and numbers in, tensors out; torch only:
-#    paste this section anywhere.
-# --------------------------------------------------------------------------------------------------
+
 def adaptive_weight(
-    logits: torch.Tensor, zs_logits: torch.Tensor, labels: torch.Tensor, power: float = 10.0
-) -> torch.Tensor:
+    logits: Tensor, zs_logits: Tensor, labels: Tensor, power: float = 10.0
+) -> Tensor:
     """Trust in the zero-shot prompt, sample by sample (Eq. 4). logits, zs_logits [B, C], labels [B]
     → [B] in [0, 1).
 
@@ -108,7 +107,7 @@ def adaptive_weight(
         return (log_zs - terms.logsumexp(dim=0)).exp()
 
 
-def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each sample (Eq. 2). logits [B, C], labels [B] → [B], nats.
 
     >>> label_losses(torch.zeros(1, 2), torch.tensor([0]))  # ln 2
@@ -118,9 +117,7 @@ def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
 
 
-def distillation_losses(
-    logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 1.0
-) -> torch.Tensor:
+def distillation_losses(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
     """Cross-entropy from the zero-shot prediction, times T², of each sample (Eq. 3). logits,
     zs_logits [B, C] → [B], nats.
 
@@ -136,9 +133,7 @@ def distillation_losses(
     return -(p_zs * log_p).sum(dim=-1) * T**2
 
 
-def distillation_loss(
-    logits: torch.Tensor, zs_logits: torch.Tensor, T: float = 1.0
-) -> torch.Tensor:
+def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
     """The mean of Eq. 3 over the batch, as in prograd.py. logits, zs_logits [B, C] → scalar, nats.
 
     >>> distillation_loss(torch.zeros(2, 2), torch.zeros(2, 2))
@@ -148,12 +143,8 @@ def distillation_loss(
 
 
 def fixed_kd_loss(
-    logits: torch.Tensor,
-    zs_logits: torch.Tensor,
-    labels: torch.Tensor,
-    alpha: float,
-    T: float = 1.0,
-) -> torch.Tensor:
+    logits: Tensor, zs_logits: Tensor, labels: Tensor, alpha: float, T: float = 1.0
+) -> Tensor:
     """Both losses at one weight for all samples (Eq. 6). logits, zs_logits [B, C], labels [B] →
     scalar, nats.
 
@@ -167,13 +158,13 @@ def fixed_kd_loss(
 
 
 def proreg_loss(
-    logits: torch.Tensor,
-    zs_logits: torch.Tensor,
-    labels: torch.Tensor,
+    logits: Tensor,
+    zs_logits: Tensor,
+    labels: Tensor,
     alpha: float = 1.0,
     power: float = 10.0,
     T: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Both losses, weighted sample by sample (Eq. 5). logits, zs_logits [B, C], labels [B] →
     scalar, nats.
 
@@ -188,9 +179,7 @@ def proreg_loss(
     return ((1 - w) * loss_ce).mean() + alpha * (w * loss_kl).mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. MODEL: CLIP's image encoder, and a classifier that starts as the zero-shot prompt
-# --------------------------------------------------------------------------------------------------
+# 2. MODEL: CLIP's image encoder, and a classifier that starts as the zero-shot prompt -------------
 class PromptedClassifier(nn.Module):
     """A copy of CLIP's image encoder and, of the text side, only the features of the training
     classes' prompts.
@@ -221,11 +210,11 @@ class PromptedClassifier(nn.Module):
             nn.init.zeros_(layer.bias)
         self.cls_head = nn.Sequential(*layers).to(text)
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, D], unnormalised."""
         return self.visual(images)
 
-    def forward(self, features: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features: Tensor, text: Tensor | None = None) -> Tensor:
         """Image features [B, D] → logits [B, C] by the learned classifier, or by other `text`
         [C, D]. Call it outside autocast."""
         if self.cls_head is not None:
@@ -242,14 +231,12 @@ def parameter_groups(
     """AdamW's groups as released: the head at `factor` times the rate; no decay on what its list
     names. "peak" is the rate that warmup_linear's share is of."""
     groups = {}
-    for name, parameter in learner.named_parameters():
-        if parameter.requires_grad:
-            exempt = ("bias", "norm.weight", "norm1.weight", "norm2.weight")
-            decay = 0.0 if any(part in name for part in exempt) else weight_decay
-            peak = lr if name.startswith("visual.") else lr * factor
-            group = {"params": [], "peak": peak, "weight_decay": decay}
-            groups.setdefault((peak, decay), group)["params"].append(parameter)
-    return list(groups.values())
+    for name, parameter in learner.named_parameters():  # AdamW passes over those without gradient
+        exempt = ("bias", "norm.weight", "norm1.weight", "norm2.weight")
+        decay = 0.0 if any(part in name for part in exempt) else weight_decay
+        peak = lr if name.startswith("visual.") else lr * factor
+        groups.setdefault((peak, decay), []).append(parameter)
+    return [{"params": p, "peak": peak, "weight_decay": d} for (peak, d), p in groups.items()]
 
 
 def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
@@ -263,9 +250,7 @@ def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
     return step / rising if step < rising else (steps - step) / max(1, steps - rising)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. FLAGS
-# --------------------------------------------------------------------------------------------------
+# 3. FLAGS -----------------------------------------------------------------------------------------
 # fmt: off
 SETTINGS = {"loss": "proreg", "classes": "all", "temperature": 1.0, "head": "text", "train": "all",
             "select": "last", "shots": "all", "betas": [0.9, 0.98], "weight_decay": 0.01,
@@ -313,9 +298,7 @@ def build_parser() -> data.Parser:
     return common.new_parser(__doc__, "ProReg", FLAGS, defaults)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. TRAIN: K processes learn what one alone would learn
-# --------------------------------------------------------------------------------------------------
+# 4. TRAIN: K processes learn what one alone would learn -------------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -338,11 +321,11 @@ def step(
     learner: PromptedClassifier,
     clip: Clip,
     teacher: Callable,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    index: torch.Tensor,
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
     args: argparse.Namespace,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """One part of a batch: images [b, 3, H, W], labels [b], index [b] (positions in the data) → its
     loss L, with a gradient, and for the log sums over its images of [1, L, L_ce, prediction right,
     w, w > 0.5]. teacher(images, index) → zero-shot CLIP's logits [b, C]."""
@@ -359,8 +342,8 @@ def step(
         loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
     if args.loss == "kd":  # Eq. 6
         loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
-    right = logits.argmax(dim=-1) == labels
-    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right.to(w), w, (w > 0.5).to(w)]
+    right = (logits.argmax(dim=-1) == labels).to(w)
+    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right, w, (w > 0.5).to(w)]
     return loss, torch.stack(numbers).detach().sum(dim=1)
 
 
@@ -377,7 +360,9 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     teacher = zero_shot_teacher(args, clip, task)
     batches = training_stream(args, clip, task)
     for epoch in range(first, args.epochs):
-        order = epoch_order(args, len(task.train), epoch)
+        order = torch.randperm(len(task.train), generator=data.generator(args.seed, "order", epoch))
+        # The last batch may be smaller, and is kept, as released.
+        order = order.split(args.batch_size)[: args.max_steps or None]
         progress = tqdm(order, f"{out.name} {epoch + 1}/{args.epochs}", leave=False, disable=None)
         seen = []
         for i, (batch, parts) in enumerate(zip(progress, batches(epoch, order))):
@@ -401,22 +386,17 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     return learner
 
 
-def epoch_order(args: argparse.Namespace, n: int, epoch: int) -> list[torch.Tensor]:
-    """Shuffled batches of positions. The last may be smaller, and is kept, as released."""
-    order = torch.randperm(n, generator=data.generator(args.seed, "order", epoch))
-    return list(order.split(args.batch_size))[: args.max_steps or None]
-
-
 def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
     """A function (epoch, its batches) → for each batch an iterator over what this process takes of
     it: every K-th image, in at most --accumulate parts (images, labels, positions)."""
     rank, world = processes()
-    transform = data.train_transform(clip.preprocess, args.augment)
-    images = data.ImageSet(task.train, transform, args.seed)
+    images = data.ImageSet(
+        task.train, data.train_transform(clip.preprocess, args.augment), args.seed
+    )
     parts = []  # lists of positions, refilled every epoch, so that the loader's workers stay
     loader = data.image_loader(images, parts, args)
 
-    def batches(epoch: int, order: list[torch.Tensor]) -> Iterator:
+    def batches(epoch: int, order: tuple[Tensor, ...]) -> Iterator:
         view = epoch % args.views if args.views else epoch
         shares = [batch[rank::world].chunk(args.accumulate) for batch in order]
         shares = [[part for part in share if len(part)] for share in shares]
@@ -431,32 +411,30 @@ def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Ca
 def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
     """A function (images [b, 3, H, W], positions [b]) → frozen CLIP's logits [b, C]."""
     classifier = common.zero_shot_classifier(clip, task.classnames, [task.template])  # [C, D]
+    # Without augmentation it sees the same images in every epoch: encoding them once is enough.
+    once = args.augment == "none" and args.loss != "ce"
+    x = common.encode_images(clip, task.train, clip.preprocess, args)[0] if once else None
 
     @torch.no_grad()
-    def see(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def see(images: Tensor, index: Tensor) -> Tensor:
         with common.autocast(clip):
-            features = clip.model.encode_image(images)
+            features = x[index] if once else clip.model.encode_image(images)  # [b, D]
         return clip.scale * F.normalize(features.to(classifier), dim=-1) @ classifier.T
 
-    if args.augment != "none" or args.loss == "ce":
-        return see
-    x, _ = common.encode_images(clip, task.train, clip.preprocess, args)
-    # It sees the same images in every epoch: once is enough.
-    table = clip.scale * F.normalize(x.to(classifier), dim=-1) @ classifier.T  # [N, C]
-    return lambda images, index: table[index]
+    return see
 
 
 def add_gradients(learner: PromptedClassifier) -> None:
     """The sum of all processes' gradients; one message, not hundreds. A process that had no image
     of a small batch adds zeros."""
-    if processes()[1] > 1:
-        learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-        for parameter in learned:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in learned])
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat, [parameter.grad for parameter in learned])
+    if processes()[1] == 1:
+        return
+    learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+    flat = nn.utils.parameters_to_vector(parts)
+    dist.all_reduce(flat)
+    for parameter, grad in zip(learned, flat.split([p.numel() for p in learned])):
+        parameter.grad = grad.view_as(parameter)
 
 
 def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums) -> None:
@@ -466,12 +444,12 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums)
     if processes()[0] > 0:
         return
     loss, loss_ce, right, w, above = sums[1:] / sums[0]
-    line = {"lr": optimizer.param_groups[0]["lr"], "loss": loss, "loss_ce": loss_ce}
-    line |= {"train_accuracy": 100 * right, "w_mean": w, "w_above_half": above}
+    line = {"lr": optimizer.param_groups[0]["lr"], "loss": loss, "loss_ce": loss_ce,
+            "train_accuracy": 100 * right, "w_mean": w, "w_above_half": above}  # fmt: skip
     note = {"classnames": task.classnames, "template": task.template}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
-        measures = common.evaluate(*tuned_logits(args, clip, learner, task.validation()[0]))
-        line["val_accuracy"] = measures["accuracy"]
+        found = tuned_logits(args, clip, learner, task.validation()[0])
+        line["val_accuracy"] = common.evaluate(*found)["accuracy"]
     if args.select == "val":
         earlier = [line["val_accuracy"] for line in common.read_metrics(out)[:epoch]]
         if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
@@ -479,13 +457,11 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums)
     common.end_epoch(out, epoch, learner, optimizer, line, **note)
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. EVALUATE
-# --------------------------------------------------------------------------------------------------
+# 5. EVALUATE --------------------------------------------------------------------------------------
 @torch.no_grad()
 def class_logits(
-    learner: PromptedClassifier, clip: Clip, classnames: list[str], x: torch.Tensor, template: str
-) -> torch.Tensor:
+    learner: PromptedClassifier, clip: Clip, classnames: list[str], x: Tensor, template: str
+) -> Tensor:
     """Logits [N, C] of features x [N, D] of the tuned encoder: by the learned classifier if it has
     all of the names, else by their prompts, to see what the encoder has forgotten."""
     own = learner.classnames
@@ -506,16 +482,15 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
     found = []
     for frozen in encoded:
         tuned, labels = tuned_logits(args, clip, learner, frozen.test)
-        found.append({"tuned": tuned, "extra": {}})
-        for A in args.ensemble:
-            # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
-            mixed = (1 - A) * tuned + A * frozen.zero_shot
-            found[-1]["extra"][f"ensemble {A:g}"] = common.evaluate(mixed, labels)
+        # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
+        mixed = {A: (1 - A) * tuned + A * frozen.zero_shot for A in args.ensemble}
+        extra = {f"ensemble {A:g}": common.evaluate(mixed[A], labels) for A in mixed}
+        found.append({"tuned": tuned, "extra": extra})
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
-            mixed, labels = tuned_logits(args, clip, mixture, frozen.test)
-            row["extra"][f"wise-ft {A:g}"] = common.evaluate(mixed, labels)
+            mixed = tuned_logits(args, clip, mixture, frozen.test)
+            row["extra"][f"wise-ft {A:g}"] = common.evaluate(*mixed)
     return found
 
 
@@ -550,16 +525,14 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
     return common.write_result(out, args, task, encoded, found, time.time() - start, baseline)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. MAIN
-# --------------------------------------------------------------------------------------------------
+# 6. MAIN ------------------------------------------------------------------------------------------
 def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data."""
     if not args.eval and (args.select == "val" or args.eval_every):
         task.validation()
     trained = common.read_run(args.eval)[1]["classnames"] if args.eval else task.classnames
-    unseen = any(set(test.classnames) - set(trained) for test in task.tests)
-    known = args.head == "text" or not (args.wise_ft or unseen)
+    prompts = args.wise_ft or any(set(test.classnames) - set(trained) for test in task.tests)
+    known = args.head == "text" or not prompts
     require(known, "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on")
 
 
@@ -567,26 +540,23 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds (in the first process)."""
     args = common.settle(build_parser(), argv, "proreg", defaults)
     join_processes(args)
-    alone = processes()[0] == 0
     method = {"proreg": "ProReg", "kd": "KD", "ce": "fine-tuning"}[args.loss]
     compare = args.compare and args.loss != "ce" and not args.eval
     task = data.load_task(args)
     check_task(args, task)
     clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
-    folder = [None]
-    if alone:
-        against = "fine-tuning and zero-shot" if compare else "zero-shot"
-        folder = [str(common.open_run(args, task, clip, f"{method} against {against}"))]
-    if processes()[1] > 1:
-        dist.broadcast_object_list(folder, src=0)
-    out = Path(folder[0])
-    encoded = common.encode_tests(args, clip, task.tests) if alone else []
+    out = Path(args.resume or os.devnull)  # the other processes read a checkpoint, and write none
+    encoded = []
+    if processes()[0] == 0:
+        against = "fine-tuning and " * compare
+        out = common.open_run(args, task, clip, f"{method} against {against}zero-shot")
+        encoded = common.encode_tests(args, clip, task.tests)
     baseline = None
     if compare:
         plain = argparse.Namespace(**vars(args) | {"loss": "ce", "alpha": 0.0})
         baseline = fit(plain, clip, task, encoded, out / "baseline")
     result = fit(args, clip, task, encoded, out, baseline)
-    if alone:
+    if processes()[0] == 0:
         common.report(result, task.tests, out, "fine-tuning", method)
     return result
 

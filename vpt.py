@@ -83,12 +83,11 @@ import common
 import data
 from common import Clip, Names, require
 
+# 1. METHOD: the functions that are the paper. It needs torch alone: paste it anywhere -------------
+Tensor = torch.Tensor
 
-# --------------------------------------------------------------------------------------------------
-# 1. METHOD: the functions that are the paper. Tensors and numbers in, tensors out; torch only:
-#    paste this section anywhere.
-# --------------------------------------------------------------------------------------------------
-def sample_logits(x: torch.Tensor, text: torch.Tensor, scale: float) -> torch.Tensor:
+
+def sample_logits(x: Tensor, text: Tensor, scale: float) -> Tensor:
     """Logits of unit image features x [B, D] under each sampled prompt, whose unit text features
     are text [L, K, C, D] → [L, B, C] (Eq. 1).
 
@@ -105,7 +104,7 @@ def sample_logits(x: torch.Tensor, text: torch.Tensor, scale: float) -> torch.Te
     return scale * (x @ text.mT).flatten(1, 2)
 
 
-def sample_residual(mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+def sample_residual(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [K, W], eps [L, K or 1, W] →
     r [L, K, W].
 
@@ -119,7 +118,7 @@ def sample_residual(mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor) -
     return mu + (0.5 * logvar).exp() * eps
 
 
-def kl_to_standard_normal(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)) as a mean, not a sum, over the last dimension (Eq. 4).
     mu, logvar [..., W] → [...], nats.
 
@@ -132,7 +131,7 @@ def kl_to_standard_normal(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tenso
     return 0.5 * (mu.square() + logvar.expm1() - logvar).mean(dim=-1)
 
 
-def log_mean_prob(logits: torch.Tensor) -> torch.Tensor:
+def log_mean_prob(logits: Tensor) -> Tensor:
     """Log of the class probabilities averaged over L samples (Eq. 5). logits [L, B, C] → [B, C],
     nats.
 
@@ -148,7 +147,7 @@ def log_mean_prob(logits: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(dim=-1).logsumexp(dim=0) - L.log()
 
 
-def task_loss(logits: torch.Tensor, labels: torch.Tensor, bound: str = "log-mean") -> torch.Tensor:
+def task_loss(logits: Tensor, labels: Tensor, bound: str = "log-mean") -> Tensor:
     """How badly the labels are predicted (Eq. 6). logits [L, B, C], labels [B] → scalar, nats.
 
     WHY it matters: "elbo", the larger loss (Jensen's inequality), asks each sampled prompt to be
@@ -167,7 +166,7 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor, bound: str = "log-mean
     return -log_prob.gather(1, labels[:, None]).mean()
 
 
-def uncertainty(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def uncertainty(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy of the mean prediction, and its part due to disagreement (Eq. 8). logits [L, B, C] →
     [B], [B], nats.
 
@@ -185,9 +184,7 @@ def uncertainty(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return total, (total - within).clamp(min=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. MODEL: M vectors in front of the class name, and a Gaussian over what is added to all of them
-# --------------------------------------------------------------------------------------------------
+# 2. MODEL: M vectors before the class name, and a Gaussian over what is added to all of them ------
 class PromptDistribution(torch.nn.Module):
     """The learned context and q(r). It holds no class: `forward` takes tokenised names, so that a
     trained distribution reads any classes.
@@ -197,7 +194,7 @@ class PromptDistribution(torch.nn.Module):
     rows, evaluation uses r = μ alone.
     """
 
-    def __init__(self, clip: Clip, context: torch.Tensor, kind="global", scale=1.0, seed=1):
+    def __init__(self, clip: Clip, context: Tensor, kind="global", scale=1.0, seed=1):
         super().__init__()
         self.clip = clip  # no submodule: CLIP is not learned
         self.kind = kind
@@ -215,7 +212,7 @@ class PromptDistribution(torch.nn.Module):
         self.register_buffer("eval_noise", torch.zeros(0, 1, W), persistent=False)
         self.to(context)
 
-    def posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q(r) for unit image features x [B, D] (Eq. 2) → mu, logvar [K, W]; K = 1, one row for all
         images, or K = B."""
         # Eq. 2
@@ -223,7 +220,7 @@ class PromptDistribution(torch.nn.Module):
             return self.mean, self.logvar
         return self.mean_net(x), self.logvar_net(x)
 
-    def forward(self, names: Names, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, names: Names, residual: Tensor) -> Tensor:
         """names = name_tokens(clip, classnames, M), residual [L, K, W] → text features
         [L, K, C, D], unnormalised."""
         L, K, _ = residual.shape
@@ -242,13 +239,13 @@ def three_layers(D: int, W: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers, torch.nn.ELU(), torch.nn.Linear(D // 2, W))
 
 
-def initial_context(clip: Clip, words: str) -> torch.Tensor:
+def initial_context(clip: Clip, words: str) -> Tensor:
     """The words' token embeddings, [M, W]."""
     require(words.strip(), "--ctx-init is empty: give at least one word, such as 'a photo of a'")
     return common.word_tokens(clip, words)
 
 
-def new_learner(args: argparse.Namespace, clip: Clip, context: torch.Tensor) -> PromptDistribution:
+def new_learner(args: argparse.Namespace, clip: Clip, context: Tensor) -> PromptDistribution:
     """The module as these settings describe it, before training. --samples 0 learns v and, with the
     image posterior, μ(x)."""
     learner = PromptDistribution(clip, context, args.posterior, args.residual_scale, args.seed)
@@ -259,7 +256,7 @@ def new_learner(args: argparse.Namespace, clip: Clip, context: torch.Tensor) -> 
     return learner
 
 
-def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> torch.Tensor:
+def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> Tensor:
     """ε [L, K, W] of K columns. Column k is a function of (seed, columns[k]) alone, whatever else
     is drawn with it."""
     draws = []
@@ -269,7 +266,7 @@ def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> torch.Tensor:
     return torch.stack(draws, dim=1).to(start.device, start.dtype, non_blocking=True)
 
 
-def training_noise(args, clip: Clip, epoch: int, step: int, batch: torch.Tensor) -> torch.Tensor:
+def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Tensor:
     """ε of one step: [L, 1, W], shared by the batch (global), or [L, B, W], a draw for each image.
     batch [B]: positions of the images, on the CPU."""
     if args.posterior == "global":
@@ -277,9 +274,7 @@ def training_noise(args, clip: Clip, epoch: int, step: int, batch: torch.Tensor)
     return noise(clip, args.seed, args.samples, [(epoch, i) for i in batch.tolist()])
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. FLAGS
-# --------------------------------------------------------------------------------------------------
+# 3. FLAGS -----------------------------------------------------------------------------------------
 # fmt: off
 SETTINGS = {"posterior": "global", "samples": 10, "kl_weight": 0.001, "bound": "log-mean",
             "ctx_init": "a photo of a", "batch_size": 1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -322,17 +317,15 @@ def build_parser() -> data.Parser:
     return common.new_parser(__doc__, "VPT", FLAGS, defaults)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. TRAIN
-# --------------------------------------------------------------------------------------------------
+# 4. TRAIN -----------------------------------------------------------------------------------------
 def step(
     learner: PromptDistribution,
     names: Names,
-    eps: torch.Tensor,
-    x: torch.Tensor,
-    labels: torch.Tensor,
+    eps: Tensor,
+    x: Tensor,
+    labels: Tensor,
     args: argparse.Namespace,
-) -> torch.Tensor:
+) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], noise eps [L, K, W] → [loss, L_task, KL,
     mean of σ]. Sets the gradients of v and q."""
     # Eq. 2, Eq. 3: from a posterior for all or for each image, L residuals
@@ -388,20 +381,18 @@ def train(
     return learner
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. EVALUATE
-# --------------------------------------------------------------------------------------------------
+# 5. EVALUATE --------------------------------------------------------------------------------------
 @torch.no_grad()
 def predict(
-    learner: PromptDistribution, clip: Clip, classnames: list[str], x: torch.Tensor
-) -> dict[str, torch.Tensor]:
+    learner: PromptDistribution, clip: Clip, classnames: list[str], x: Tensor
+) -> dict[str, Tensor]:
     """Predictions for unit image features x [N, D] among any class names, in bounded memory:
     log-probabilities [N, C] "tuned", averaged over learner.eval_noise, and "mean_residual", with
     r = μ; "entropy" and "mutual_information" [N], E and I of Eq. 8."""
     names = common.name_tokens(clip, classnames, len(learner.context))
     n_residuals = 1 + len(learner.eval_noise)
 
-    def text_features(x: torch.Tensor) -> torch.Tensor:
+    def text_features(x: Tensor) -> Tensor:
         """[1 + L, K, C, D], unit; row 0 is the mean residual's. WHY one noise for all images: then
         the prediction for an image is the same alone, in a batch and in any test set."""
         mu, logvar = learner.posterior(x)
@@ -456,9 +447,7 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
     return common.write_result(out, args, task, encoded, found, seconds, baseline)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. MAIN
-# --------------------------------------------------------------------------------------------------
+# 6. MAIN ------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds."""
     args = common.settle(build_parser(), argv, "vpt", defaults)

@@ -10,6 +10,7 @@ sets are read once, at the last step. Differences are paired: the same seed, ima
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -41,47 +42,48 @@ KERNELS = {  # what ../shared/as-another-cpu sets: other kernels, another order 
     "other kernels": ("avx2", "AVX2", "AVX2"),
     "older kernels": ("default", "COMPATIBLE", "SSE41"),
 }
+SHOTS = {1: 50, 2: 100, 4: 200, 8: 200, 16: 200}  # and epochs that take the default's steps
+MORE_SHOTS = ["--shots", "16", "--epochs", "10"]
 MIXTURES = ["--ensemble", "0.3", "0.5", "0.7", "--wise-ft", "0.3", "0.5", "0.7"]
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. RUNS
-# --------------------------------------------------------------------------------------------------
+# 1. RUNS ------------------------------------------------------------------------------------------
+# fmt: off
 def study() -> list[tuple[str, dict, list[str]]]:
     """(script, what the run is, its flags), the most important first."""
-    runs = []
-
-    def add(script: str, method: str, seeds=SEEDS, flags=(), **what):
-        for seed in seeds:
-            named = what | {"method": method, "seed": seed}
-            typed = ["--dataset", what["task"], "--seed", str(seed), "--no-compare", *flags]
-            runs.append((script, named, typed))
-
     rules = {"ProGrad": [], "CoOp": ["--lam", "0"], "CE + KL": ["--rule", "add"]}
-    for shots, seeds in ((4, SEEDS), (1, SEEDS), (2, SEEDS), (8, SEEDS[:3]), (16, SEEDS[:3])):
-        for task in PROMPT_TASKS:
-            for name, flags in rules.items():
-                flags = [*flags, "--shots", str(shots)]
-                add("prograd", name, seeds, flags, part="base to new", task=task, shots=shots)
-        if shots == 4:
-            for task in data.world.SHORTCUT:
-                for rate in ("3e-4", "1e-4"):
-                    for name, flags in {
-                        "ProReg": ["--loss", "proreg"],
-                        "KD": ["--loss", "kd"],
-                        "fine-tuning": ["--loss", "ce", *MIXTURES],
-                    }.items():
-                        flags = [*flags, "--lr", rate]
-                        add("proreg", name, SEEDS, flags, part=f"ProReg {rate}", task=task)
-            for task in PROMPT_TASKS:
-                for name, flags in {
-                    "VPT": [],
-                    "deterministic": ["--samples", "0"],
-                    "VPT u = 0.2": ["--residual-scale", "0.2"],
-                    "VPT u = 10": ["--residual-scale", "10"],
-                }.items():
-                    add("vpt", name, SEEDS[:3], flags, part="VPT", task=task)
+    shares = {f"ProGrad, λ = {lam}": ["--lam", lam] for lam in ("0.5", "0.8")}
+    losses = {"ProReg": ["--loss", "proreg"], "KD": ["--loss", "kd"],
+              "fine-tuning": ["--loss", "ce", *MIXTURES]}
+    vpt = {"VPT": [], "deterministic": ["--samples", "0"]}
+    scales = {f"VPT u = {u}": ["--residual-scale", u] for u in ("0.2", "10")}
+    shots = {k: {"part": "base to new", "shots": k} for k in SHOTS}
+    # Twice as many classes take half of the epochs for as many steps; so does VPT with 16 shots.
+    whole = {k: ["--classes", "all", "--epochs", str(epochs)] for k, epochs in SHOTS.items()}
+    curves = {"part": "curves", "shots": 4}
+    plans = [  # script, tasks, methods, flags of all, what the runs are
+        ("prograd", PROMPT_TASKS, rules | shares, [], shots[4]),
+        *[("proreg", data.world.SHORTCUT, losses, ["--lr", rate], {"part": f"ProReg {rate}"})
+          for rate in ("3e-4", "1e-4")],
+        ("vpt", PROMPT_TASKS, vpt | scales, [], {"part": "VPT"}),
+        *[("prograd", PROMPT_TASKS, rules, [], shots[k]) for k in (1, 2, 8)],
+        ("prograd", PROMPT_TASKS, rules | shares, [], shots[16]),
+        ("vpt", PROMPT_TASKS, vpt, ["--posterior", "image"], {"part": "VPT, image posterior"}),
+        ("prograd", PROMPT_TASKS, rules, ["--eval-every", "40"], curves),
+        ("vpt", PROMPT_TASKS, vpt, MORE_SHOTS, {"part": "VPT, 16 shots"}),
+        *[("prograd", PROMPT_TASKS, rules, whole[k], {"part": "all classes", "shots": k})
+          for k in SHOTS],
+        ("vpt", PROMPT_TASKS, vpt, [*MORE_SHOTS, "--posterior", "image"],
+         {"part": "VPT, image posterior, 16 shots"}),
+    ]
+    runs = []
+    for script, tasks, methods, flags, what in plans:
+        shared = [*flags, "--shots", str(what["shots"])] if "shots" in what else flags
+        for task, (method, own), seed in itertools.product(tasks, methods.items(), SEEDS):
+            typed = ["--dataset", task, "--seed", str(seed), "--no-compare", *own, *shared]
+            runs.append((script, what | {"task": task, "method": method, "seed": seed}, typed))
     return runs
+# fmt: on
 
 
 def key(what: dict) -> str:
@@ -98,8 +100,12 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
         cache = str(Path(tempfile.gettempdir(), "toy-study-cache"))
         with contextlib.redirect_stdout(io.StringIO()):
             result = SCRIPTS[script].main([*flags, "--out-dir", str(out), "--cache-dir", cache])
-        last = common.read_metrics(out)[-1]
+        lines = common.read_metrics(out)
+    last = lines[-1]
     kept = {"H": result["harmonic_mean"], "seconds": result["seconds"]}
+    points = [(e + 1, line) for e, line in enumerate(lines) if "val_accuracy" in line]
+    names = ("val_accuracy", "cosine", "conflict")
+    kept["curve"] = [[e, *(round(line[name], 4) for name in names)] for e, line in points]
     kept |= {name: round(last[name], 4) for name in ("cosine", "conflict") if name in last}
     kept["tests"] = {}
     for test in result["tests"]:
@@ -129,9 +135,7 @@ def run_study(jobs: int) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. TABLES
-# --------------------------------------------------------------------------------------------------
+# 2. TABLES ----------------------------------------------------------------------------------------
 def by_seed(rows: list[dict], value) -> dict[int, float]:
     """{seed: mean over tasks of value(row)}."""
     found = defaultdict(list)
@@ -235,9 +239,7 @@ def write_tables() -> None:
     print("\n".join(parts))
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. STABILITY
-# --------------------------------------------------------------------------------------------------
+# 3. STABILITY -------------------------------------------------------------------------------------
 SHAKEN = """import sys, json, torch
 sys.path.insert(0, sys.argv[1])
 import {script} as script

@@ -31,7 +31,7 @@ def settings(module, **given) -> argparse.Namespace:
 def make_task(classnames: list[str], template: str, labels=()) -> data.Task:
     """A task whose images are given otherwise."""
     train = [("", label) for label in labels]
-    return data.Task("golden", classnames, template, template, train, [], [], "", [])
+    return data.Task("golden", classnames, template, template, train, [], [], [])
 
 
 def train(module, args, clip, task, batches: list[tuple], start=None, rates=None) -> list[dict]:

@@ -22,7 +22,7 @@ import vpt
 
 def paste(module) -> SimpleNamespace:
     """The METHOD section by itself, with two imports."""
-    (text,) = re.findall(r"# 1\. METHOD.*?(?=# -+\n# 2\. )", inspect.getsource(module), re.DOTALL)
+    (text,) = re.findall(r"# 1\. METHOD.*?(?=# 2\. )", inspect.getsource(module), re.DOTALL)
     names = {"torch": torch, "F": F}
     exec(text, names)
     return SimpleNamespace(**{key: f for key, f in names.items() if inspect.isfunction(f)})

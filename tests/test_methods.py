@@ -40,9 +40,7 @@ def checkpoint(folder: str) -> dict[str, torch.Tensor]:
     return load_file(f"{folder}/checkpoint.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------
-# prograd.py
-# --------------------------------------------------------------------------------------------------
+# prograd.py ---------------------------------------------------------------------------------------
 def test_prograd_variants():
     """Each variant learns something else; CoOp's is what λ = 0 gives under either rule."""
     found = {}
@@ -100,9 +98,7 @@ def test_fresh_and_cached_views(toyclip):
     assert torch.equal(views(0)[0], views(7)[0])
 
 
-# --------------------------------------------------------------------------------------------------
-# vpt.py
-# --------------------------------------------------------------------------------------------------
+# vpt.py -------------------------------------------------------------------------------------------
 def learner_of(toyclip, **changed) -> vpt.PromptDistribution:
     args = argparse.Namespace(**vpt.TOY | {"seed": 1} | changed)
     return vpt.new_learner(args, toyclip, vpt.initial_context(toyclip, args.ctx_init))
@@ -164,9 +160,7 @@ def test_vpt_runs():
         run(vpt, "--ctx-init", " ")
 
 
-# --------------------------------------------------------------------------------------------------
-# proreg.py
-# --------------------------------------------------------------------------------------------------
+# proreg.py ----------------------------------------------------------------------------------------
 FINE = ["--shots", "4", "--batch-size", "20", "--lr", "1e-3"]
 
 

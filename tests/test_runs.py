@@ -53,9 +53,7 @@ def call(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run writes and prints
-# --------------------------------------------------------------------------------------------------
+# What a run writes and prints ---------------------------------------------------------------------
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run(name, capsys):
     result = SCRIPTS[name].main([*SHORT[name], "--out-dir", "here"])
@@ -134,9 +132,7 @@ def test_paper_settings():
     assert found == [1.0, 2.0, 0.9, 0.0]
 
 
-# --------------------------------------------------------------------------------------------------
-# Interrupted runs
-# --------------------------------------------------------------------------------------------------
+# Interrupted runs ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_killed_and_resumed(name):
     """SIGKILL at several moments, and the same bytes in the end."""
@@ -227,9 +223,7 @@ def test_full_disk(monkeypatch, capsys):
     assert not list(Path("full/baseline").glob("*checkpoint*"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings of an earlier run
-# --------------------------------------------------------------------------------------------------
+# Settings of an earlier run -----------------------------------------------------------------------
 def test_resume_keeps_the_settings():
     run("prograd", "--out-dir", "here", "--lr", "0.005", "--no-compare")
     settled = common.settle(
@@ -333,9 +327,7 @@ def test_weights_that_changed(tmp_path):
         run("prograd", *moved)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -423,9 +415,7 @@ def test_probabilities_compress():
     assert torch.allclose(common.probabilities(logits).float().sum(1), torch.ones(1000), atol=0.05)
 
 
-# --------------------------------------------------------------------------------------------------
-# Nothing waits for the device within a step
-# --------------------------------------------------------------------------------------------------
+# Nothing waits for the device within a step -------------------------------------------------------
 class Waits(TorchDispatchMode):
     """Counts what a GPU would have to be waited for."""
 

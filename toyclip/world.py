@@ -562,6 +562,22 @@ def task_labels(name, part):
     return [index % n_classes for index in range(TASKS[name].parts[part] * n_classes)]
 
 
+def task_items(name):
+    """Class names; {train, val, test: [(address, label), ..]}; the same of the parts out of distribution."""
+    parts = {
+        part: [(f"toy:{name}/{part}/{i}", label) for i, label in enumerate(task_labels(name, part))]
+        for part in TASKS[name].parts
+    }
+    own = {part: parts.pop(part) for part in ("train", "val", "test")}
+    return TASKS[name].classnames, own, parts
+
+
+def item_image(address):
+    """The image at such an address: uint8 [32, 32, 3]."""
+    name, part, index = address.removeprefix("toy:").split("/")
+    return task_image(name, part, int(index))
+
+
 def hidden_shortcut(labels, part, bias, generator):
     """The scene, and in part "style" the style, of toy_shapes_biased: class k's own scene is k mod 8; in train, val and
     test it has it with probability `bias` and else one of the other seven, in the other parts always one of those."""
