@@ -132,8 +132,8 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
         state, archive = open_clip.factory.load_state_dict(path), False
     foreign = any(key.startswith(("text_model.", "vision_model.")) for key in state)
     require(not foreign, f"{path} is in transformers' format: name a file in open_clip's, or a tag")
-    notes = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # no weights
-    return {key: value for key, value in state.items() if not key.endswith(notes)}, archive
+    no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+    return {key: value for key, value in state.items() if not key.endswith(no_weights)}, archive
 
 
 def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str) -> None:
@@ -175,7 +175,7 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
     WHY not fp16 where a prompt needs gradients: they underflow. That pass then runs in fp32.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(clip.precision)
-    enabled = clip.precision == "bf16" or (clip.precision == "fp16" and not gradients)
+    enabled = dtype == torch.bfloat16 or (dtype == torch.float16 and not gradients)
     return torch.autocast(torch.device(clip.device).type, dtype, enabled=enabled)
 
 
@@ -277,9 +277,9 @@ def start_of_text(clip: Clip) -> Tensor:
 @torch.no_grad()
 def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
     """Text features [C, D] of a hand-written prompt, unnormalised."""
-    names = pack(clip, [template.replace("{}", name) for name in classnames])
+    texts = [template.replace("{}", name) for name in classnames]
     with autocast(clip):
-        return encode_prompts(clip, start_of_text(clip), names)[0]
+        return encode_prompts(clip, start_of_text(clip), pack(clip, texts))[0]
 
 
 def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
@@ -499,10 +499,10 @@ DEFAULTS = {
     "out_dir": None, "resume": None, "eval": None, "workers": os.cpu_count() or 1,
     "device": "cuda" if torch.cuda.is_available() else "cpu", "cache_dir": "cache",
 }
-# Every number is at least 0; these are more than 0, or at most 1.
-POSITIVE = {"epochs", "batch_size", "lr", "memory_gb", "temperature", "n_ctx", "power", "shots",
-            "accumulate", "head_lr_factor"}
-AT_MOST_1 = {"momentum", "warmup", "ensemble", "wise_ft", "betas"}
+# What numbers can be; of other flags 0 or more.
+RANGES = dict.fromkeys(["momentum", "warmup", "ensemble", "wise_ft", "betas"], (0, 1))
+RANGES |= dict.fromkeys(["epochs", "batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9))
+RANGES |= dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_factor"], (1e-9, 1e9))
 # How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
 # with --eval, "trained". A typed value must agree, but for "moved" and, with --eval, "tested".
 EARLIER = {
@@ -553,11 +553,16 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     for key in stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set()):
-        found = f"{args.resume or args.eval} has {flag(key)} {stored[key]}"
-        require(vars(args)[key] == stored[key], f"{found}: leave {flag(key)} out")
-    own = args.model == "toyclip" and "pretrained" not in first  # also on your own images
-    args.pretrained = None if own else args.pretrained
-    check_ranges(args)
+        text = f"{args.resume or args.eval} has {flag(key)} {stored[key]}: leave {flag(key)} out"
+        require(vars(args)[key] == stored[key], text)
+    if args.model == "toyclip" and "pretrained" not in first:  # also on your own images
+        args.pretrained = None
+    for key, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float):
+                low, high = RANGES.get(key, (0, 1e18))
+                text = f"{flag(key)} {number}: it must be from {low:g} to {high:g}"
+                require(low <= number <= high, text)
     settle_device(args)
     return args
 
@@ -567,36 +572,25 @@ def stored_settings(typed: dict, method: str) -> dict:
     folder = typed.get("resume") or typed.get("eval")
     if folder is None or ("resume" in typed and not Path(folder, "config.json").exists()):
         return {}
-    settings, config = read_run(folder)
+    config = read_run(folder)
+    settings = config["settings"]
     fits = config["method"] == method and not settings["eval"]
     require(fits, f"{folder} is no training run of {method}.py")
     unread = EARLIER["anew"] | (EARLIER["trained"] if "eval" in typed else set())
-    other = typed.get("dataset", settings["dataset"]) != settings["dataset"]
-    unread = unread | ({"train_domain", "test_domain"} if other else set())
+    if typed.get("dataset", settings["dataset"]) != settings["dataset"]:
+        unread |= {"train_domain", "test_domain"}
     return {key: value for key, value in settings.items() if key not in unread}
 
 
-def read_run(folder: str | Path) -> tuple[dict, dict]:
-    """The settings of a run folder, and all of its config.json."""
+def read_run(folder: str | Path) -> dict:
+    """config.json of a run folder: its settings, class names, training images."""
     path = Path(folder, "config.json")
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
-    config = read_json(path)
-    return config["settings"], config
+    return read_json(path)
 
 
 def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
-
-
-def check_ranges(args: argparse.Namespace) -> None:
-    """UserError for a number that its flag cannot have."""
-    for key, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float):
-                most = 1 if key in AT_MOST_1 else 1e18
-                fits = 0 <= number <= most and (number > 0 or key not in POSITIVE)
-                least = "more than 0" if key in POSITIVE else "at least 0"
-                require(fits, f"{flag(key)} {number}: it must be {least}, at most {most:g}")
 
 
 def settle_device(args: argparse.Namespace) -> None:
@@ -620,7 +614,7 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
               "train": task.lines}  # fmt: skip
     earlier = args.eval or args.resume
     if earlier and Path(earlier, "config.json").exists():
-        compare_runs(read_run(earlier)[1], config, task, earlier)
+        compare_runs(read_run(earlier), config, task, earlier)
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     shots = "all images" if args.shots == "all" else f"{args.shots} shots"
@@ -649,8 +643,8 @@ def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
         return
     for key, what in (("classnames", "class names"), ("train", "training images")):
         changed = [*sorted(set(old[key]) ^ set(new[key])), "their order"][0]
-        begun = f"{folder} was begun with other {what} (see {changed!r})"
-        require(old[key] == new[key], f"{begun}: restore them, or train in another folder")
+        text = f"{folder} was begun with other {what} (see {changed!r}): restore them, or train in"
+        require(old[key] == new[key], f"{text} another folder")
 
 
 def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
@@ -771,13 +765,13 @@ def probabilities(logits: Tensor) -> Tensor:
 def harmonic_means(tests: list[dict]) -> dict[str, float]:
     """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
     {} if there is neither. Other datasets (--test-on) do not count."""
-    others = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
-    new = [test for test in others if test["classes"] == "new" and not test["domain"]]
-    others = new or [test for test in others if test["domain"]]
+    own = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
+    new = [test for test in own if test["classes"] == "new" and not test["domain"]]
+    others = new or [test for test in own if test["domain"]]
     means = {}
     for column, first in measures(tests[0]).items() if others else ():
-        mean = sum(measures(test)[column]["accuracy"] for test in others) / len(others)
-        means[column] = harmonic_mean(first["accuracy"], mean)
+        rest = [measures(test)[column]["accuracy"] for test in others]
+        means[column] = harmonic_mean(first["accuracy"], sum(rest) / len(rest))
     return means
 
 

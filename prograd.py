@@ -298,7 +298,7 @@ def class_logits(
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptLearner:
     """The trained prompt of a run folder, ready for any class names (with --csc: for its own)."""
-    _, config = common.read_run(folder)
+    config = common.read_run(folder)
     shape = (args.n_ctx, clip.width)
     shape = (len(config["classnames"]), *shape) if args.csc else shape
     learner = PromptLearner(clip, common.start_of_text(clip).new_zeros(shape))
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> dict:
     require(not other, f"--csc has no context for classes outside training: {advice}")
     task = data.load_task(args)
     if args.csc and args.eval:
-        same = common.read_run(args.eval)[1]["classnames"] == task.classnames
+        same = common.read_run(args.eval)["classnames"] == task.classnames
         require(same, f"{args.eval} has contexts for its own classes (--csc), not for these")
     method = "CoOp" if args.lam == 0 else "ProGrad" if args.rule == "project" else "CE + KL"
     compare = args.compare and method != "CoOp" and not args.eval

@@ -507,7 +507,7 @@ def mix_weights(clip: Clip, learner: PromptedClassifier, A: float) -> PromptedCl
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptedClassifier:
     """The tuned encoder and classifier of a run folder."""
-    _, config = common.read_run(folder)
+    config = common.read_run(folder)
     learner = PromptedClassifier(clip, config["classnames"], config["template"], args.head)
     common.load_checkpoint(folder, learner)
     return learner.eval()
@@ -530,7 +530,7 @@ def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data."""
     if not args.eval and (args.select == "val" or args.eval_every):
         task.validation()
-    trained = common.read_run(args.eval)[1]["classnames"] if args.eval else task.classnames
+    trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
     prompts = args.wise_ft or any(set(test.classnames) - set(trained) for test in task.tests)
     known = args.head == "text" or not prompts
     require(known, "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on")

@@ -237,7 +237,7 @@ def test_selecting_on_validation_images(monkeypatch):
 
 
 def proreg_learner(folder: str):
-    settings, _ = common.read_run(folder)
+    settings = common.read_run(folder)["settings"]
     return proreg.read_learner(folder, argparse.Namespace(**settings), common.load_clip())
 
 

@@ -331,11 +331,11 @@ def test_weights_that_changed(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--lr -1", "--lr -1.0: it must be more than 0"),
+        ("--lr -1", "--lr -1.0: it must be from 1e-09"),
         ("--lr nan", "--lr nan: it must be"),
-        ("--shots 0", "--shots 0: it must be more than 0"),
-        ("--seed -1", "--seed -1: it must be at least 0"),
-        ("--momentum 2", "--momentum 2.0: it must be at least 0, at most 1"),
+        ("--shots 0", "--shots 0: it must be from 1 to"),
+        ("--seed -1", "--seed -1: it must be from 0 to"),
+        ("--momentum 2", "--momentum 2.0: it must be from 0 to 1"),
         ("--device gpu", "--device gpu: here it can be cpu"),
         ("--device cuda:7", "--device cuda:7: here it can be"),
         ("--precision fp16", "--precision fp16 is for GPUs"),

@@ -44,8 +44,8 @@ class Run:
     """A finished run: its settings, its CLIP, what it learned, its class names and template."""
 
     def __init__(self, folder: str, pretrained: str | None, device: str):
-        settings, config = common.read_run(folder)
-        self.settings = argparse.Namespace(**settings)
+        config = common.read_run(folder)
+        self.settings = argparse.Namespace(**config["settings"])
         self.settings.pretrained = pretrained or self.settings.pretrained
         vars(self.settings).update(device=device, workers=0)
         self.method = SCRIPTS[config["method"]]
