@@ -216,10 +216,18 @@ class Found:
     parts: dict[str, list[Item]] = field(default_factory=dict)  # train, val, test: in-distribution
     ood: dict[str, list[Item]] = field(default_factory=dict)  # further test sets, by domain
     notes: list[str] = field(default_factory=list)  # what its user has to know
+    faults: list[str] = field(default_factory=list)  # what its user has to mend first
 
 
 def read(name: str, args: argparse.Namespace) -> Found:
-    """Find and read dataset `name`; of `args` where to look, and which domains are what."""
+    """Dataset `name`, without faults; of `args` where to look, and which domains are what."""
+    found = find(name, args)
+    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5])}")
+    return found
+
+
+def find(name: str, args: argparse.Namespace) -> Found:
+    """The same with its faults, as far as they do not keep it from being read."""
     if name in world.TASKS:
         task = world.TASKS[name]
         return Found(name, Source("", template=task.template), "", *world.task_items(name))
@@ -234,7 +242,7 @@ def read(name: str, args: argparse.Namespace) -> Found:
         items.append((root + path, label[cls]))
     split_rest(found)
     leaks = overlaps(found, real_paths(), "under several paths")
-    require(not leaks, f"{leaks[:1]} is to be trained and tested on: remove one")
+    found.faults += [f"{path} is to be trained and tested on: remove one" for path in leaks[:9]]
     return found
 
 
@@ -450,9 +458,11 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
     folders in order, where it is clear which order: not for 1, 10, 2."""
     names, lines = {}, list(filter(str.strip, read_text(file).splitlines()))
-    if not any("\t" in line or line.startswith(tuple(folders)) for line in lines):
+    starts = tuple(folder + sign for folder in folders for sign in " ,;:=")
+    if not any("\t" in line or line.startswith(starts) for line in lines):
         natural = sorted(folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text))
-        clear = len(lines) == len(folders) and natural == folders
+        swapped = any(line in folders and line != folder for folder, line in zip(folders, lines))
+        clear = len(lines) == len(folders) and natural == folders and not swapped
         text = f"{len(lines)} names alone for {len(folders)} folders, in the order {natural[:3]} .."
         require(clear, f"{file}: {text} or {folders[:3]} ..? Write FOLDER<tab>NAME")
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
@@ -476,10 +486,11 @@ def check_names(found: Found, names: dict) -> None:
     require(len(names) > 1, f"{found.root} has one class, {[*names.values()]}: two are needed")
     for text in names.values():
         twins[tuple(tokenizer.encode(text.replace("_", " ")))].append(text)
-    same = [group for tokens, group in twins.items() if len(group) > 1 or not tokens][:1]
-    known = not same or found.name.startswith("imagenet")  # whose own list has such pairs
-    require(known, f"{found.root}: classes {same} have one prompt, or no name: rename one")
-    found.notes += [f"classes {same} have one prompt; they stay apart, by label"] if same else []
+    same = [group for tokens, group in twins.items() if len(group) > 1 or not tokens]
+    if found.name.startswith("imagenet"):  # whose own list has such pairs
+        found.notes += [f"classes {group} have one prompt, and stay apart" for group in same]
+    else:
+        found.faults += [f"classes {group} have one prompt, or no name: rename" for group in same]
 
 
 def split_rest(found: Found) -> None:
@@ -499,9 +510,8 @@ def split_rest(found: Found) -> None:
     if parts["train"] and not found.ood:
         trained = {label for _, label in parts["train"]}
         extra = sorted({label for _, label in parts["val"] + parts["test"]} - trained)
-        names = [found.classnames[label] for label in extra[:1]]
-        advice = "add one, or remove its other images"
-        require(not extra, f"{name}: class {names} has no training image: {advice}")
+        text = "has no training image: add one, or remove its other images"
+        found.faults += [f"class {found.classnames[label]!r} {text}" for label in extra]
 
 
 def split_items(items: list[Item], shares: dict[str, float], found: Found) -> dict[str, list[Item]]:
@@ -514,8 +524,9 @@ def split_items(items: list[Item], shares: dict[str, float], found: Found) -> di
     parts = {part: [] for part in (*shares, "test" if "train" in shares else "train")}
     for label, group in by_label(items).items():
         n = len(group)
-        text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
-        require(n > 3 or "train" not in shares, f"{found.root}: {text}: 4 are needed")
+        if n < 4 and "train" in shares:
+            text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
+            found.faults.append(f"{text}: 4 are needed")
         group.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
         stops = [0, *itertools.accumulate(round(share * n) for share in shares.values()), n]
         for part, start, stop in zip(parts, stops, stops[1:]):
@@ -830,11 +841,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(data_root="data", dataset="all")
     args = parser.parse_args(argv)
     if args.dataset != "all":
-        found = read(args.dataset, args)
-        faults = check_images(found) if args.check_images else []
+        found = find(args.dataset, args)
+        faults = found.faults + (check_images(found) if args.check_images else [])
         describe(found, True)
         print("".join(f"{fault}\n" for fault in faults), end="")
-        require(not faults, f"{len(faults)} images are broken, or trained and tested on: see above")
+        require(not faults, f"{len(faults)} faults, named above: mend or remove what is wrong")
         return
     for name in [*world.TASKS, *SOURCES]:
         try:

@@ -145,6 +145,10 @@ def test_imagenet_names(everything, tmp_path):
     assert any("open_clip" in note for note in found.notes)
     photos(tmp_path / "own", ["n01440764", "n02123045"])
     assert read(f"folder:{tmp_path}/own").classnames == ["tench", "tabby cat"]
+    photos(tmp_path / "own", ["n99999999"])
+    found = read(f"folder:{tmp_path}/own")
+    assert found.classnames == ["tench", "tabby cat", "n99999999"]
+    assert any("1 ids that it lacks stay as they are" in note for note in found.notes)
 
 
 def test_missing_data_says_what_to_do(tmp_path, everything):
@@ -309,7 +313,7 @@ def test_mixed_folders_are_refused(parts, tmp_path):
 def test_class_in_one_part_only(tmp_path):
     photos(tmp_path, n=3, parts=("train", "test"))
     photos(tmp_path, ["owl"], n=3, parts=("test",))
-    with pytest.raises(UserError, match="class .'owl'. has no training image: add one, or remove"):
+    with pytest.raises(UserError, match="class 'owl' has no training image: add one, or remove"):
         read(f"folder:{tmp_path}")
 
 
@@ -356,6 +360,24 @@ def test_one_image_under_two_paths(tmp_path):
     assert text in read(f"folder:{tmp_path}/b").notes
 
 
+def test_one_image_in_two_classes_of_our_split(tmp_path):
+    """The two may fall into different parts: then it is refused, else a note counts them."""
+    photos(tmp_path, n=30)
+    for i in range(15):
+        (tmp_path / f"dog/link{i}.png").symlink_to(tmp_path / f"cat/{i}.png")
+    with pytest.raises(UserError, match="is to be trained and tested on: remove one"):
+        read(f"folder:{tmp_path}")
+    found = data.find(f"folder:{tmp_path}", arguments(f"folder:{tmp_path}"))
+    (note,) = [note for note in found.notes if "under several paths" in note]
+    assert note.startswith("15 images are there under several paths, 15 of them in two classes, ")
+
+
+def test_class_that_is_called_as_a_part(tmp_path):
+    photos(tmp_path, ["cat", "dog", "valid"])
+    with pytest.raises(UserError, match="images lie in .'valid'.: a class needs another folder"):
+        read(f"folder:{tmp_path}")
+
+
 def test_link_loops_end(tmp_path):
     photos(tmp_path, n=5)
     (tmp_path / "cat/again").symlink_to(tmp_path)
@@ -392,10 +414,25 @@ def test_classnames_file(tmp_path):
             read(f"folder:{tmp_path}")
 
 
+def test_names_alone(tmp_path):
+    """One a line, in the order of folders: where sorted and natural order agree; with a note."""
+    photos(tmp_path / "a", ["01", "02", "10"])
+    make_data.text(tmp_path / "a/classnames.txt", ["cat", "guinea pig", "owl"])
+    found = read(f"folder:{tmp_path}/a")
+    assert found.classnames == ["cat", "guinea pig", "owl"]
+    assert any("'01\\tcat'" in note and "'10\\towl'" in note for note in found.notes)
+    photos(tmp_path / "b", ["1", "2", "10"])
+    wrong = [("b", ["cat", "guinea pig", "owl"]), ("a", ["cat", "owl"]), ("a", ["10", "01", "02"])]
+    for root, lines in wrong:
+        make_data.text(tmp_path / root / "classnames.txt", lines)
+        with pytest.raises(UserError, match="classnames.txt: . names alone for 3 folders, in the"):
+            read(f"folder:{tmp_path}/{root}")
+
+
 @pytest.mark.parametrize("names", [("Cat", "cat"), ("a_b", "a b"), ("cat", "cat "), ("_", "dog")])
 def test_names_that_are_one_prompt(names, tmp_path):
     photos(tmp_path, names)
-    with pytest.raises(UserError, match="have one prompt, or no name: rename one"):
+    with pytest.raises(UserError, match="have one prompt, or no name: rename"):
         read(f"folder:{tmp_path}")
 
 
@@ -494,6 +531,22 @@ def test_images_that_are_refused(tmp_path):
             data.read_image(str(tmp_path / name))
 
 
+def test_copies_are_found_by_content(tmp_path):
+    """Only with --check-images, which lists all faults at once."""
+    photos(tmp_path, n=3, parts=("train", "test"))
+    shutil.copy(tmp_path / "train/cat/train0.png", tmp_path / "test/cat/other.png")
+    shutil.copy(tmp_path / "train/cat/train1.png", tmp_path / "train/dog/other.png")
+    photos(tmp_path, ["owl"], n=1, parts=("test",))
+    (tmp_path / "train/cat/train2.png").write_bytes(b"no image")
+    name = f"folder:{tmp_path}"
+    found = data.find(name, arguments(name))
+    faults = found.faults + data.check_images(found)
+    assert len(faults) == 3 and "'owl' has no training image" in faults[0]
+    assert "train2.png" in faults[1] and "cat/train0.png: trained on, and a copy is" in faults[2]
+    text = "2 images are there as copies, 1 of them in two classes, 1 in two parts"
+    assert text in found.notes
+
+
 def test_views_are_functions_of_seed_view_and_position(tmp_path):
     photos(tmp_path, n=2)
     items = read(f"domains:{photos(tmp_path / 'd', n=4, parts=('a', 'b'))}", test_domain=["b"])
@@ -537,7 +590,7 @@ def test_command_checks_images(tmp_path, capsys):
     assert "all images can be read" in capsys.readouterr().out
     for name in ("cat/3.png", "dog/4.png"):
         (tmp_path / name).write_bytes(b"no image")
-    with pytest.raises(UserError, match="2 images are broken, or"):
+    with pytest.raises(UserError, match="2 faults, named above"):
         data.main(["--dataset", f"folder:{tmp_path}", "--check-images"])
     out = capsys.readouterr().out
     assert "cat/3.png: " in out and "dog/4.png: " in out
