@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import open_clip
 import torch
@@ -45,23 +46,19 @@ def count_kernels(step) -> int:
     step()
     with profile(activities=[ProfilerActivity.CPU]) as record:
         step()
-    return sum(
-        event.name.startswith("aten::") and event.name not in FREE for event in record.events()
-    )
+    names = [event.name for event in record.events() if event.name.startswith("aten::")]
+    return sum(name not in FREE for name in names)
 
 
-def make_clip(args: argparse.Namespace, name: str = "ViT-B-16") -> common.Clip:
+def make_clip(args: argparse.Namespace) -> common.Clip:
     """A CLIP of real size with random weights."""
     torch.manual_seed(0)
     if args.quick:
         open_clip.add_model_config(common.TOYCLIP / "toyclip.json")
-    name = "toyclip" if args.quick else name
+    name = "toyclip" if args.quick else "ViT-B-16"
     model = open_clip.create_model(name).eval().requires_grad_(False).to(args.device)
-    tokenizer = open_clip.get_tokenizer(name)
-    clip = common.Clip(model, None, tokenizer, "random", device=args.device)
-    clip.precision = args.precision
-    clip.memory_gb = args.memory_gb
-    return clip
+    how = args.device, args.precision, args.memory_gb
+    return common.Clip(model, None, open_clip.get_tokenizer(name), "random", "", *how)
 
 
 class PlainPrompts(torch.nn.Module):
@@ -85,15 +82,38 @@ class PlainPrompts(torch.nn.Module):
         x = x.flatten(0, 1) + self.model.positional_embedding
         with common.autocast(self.clip, gradients=True):
             x = self.model.transformer(x, attn_mask=self.model.attn_mask)
-            x = self.model.ln_final(x)[
-                torch.arange(G * C, device=x.device), self.tokens.argmax(dim=-1).repeat(G)
-            ]
-            features = x @ self.model.text_projection
+            ends = torch.arange(G * C, device=x.device), self.tokens.argmax(dim=-1).repeat(G)
+            features = self.model.ln_final(x)[ends] @ self.model.text_projection
         return features.to(contexts.dtype).unflatten(0, (G, C))
 
 
-def prograd_steps(clip: common.Clip, names: list[str], args) -> dict:
-    """One ProGrad step of B = 32 images, M = 16: forward, both gradients, projection."""
+def papers_way(step, plain: PlainPrompts):
+    """The step, but that its prompts are encoded by `plain`."""
+
+    def padded():
+        encode = lambda clip, prefix, names: plain(prefix[:, 1:])  # noqa: E731
+        with mock.patch.object(common, "encode_prompts", encode):
+            return step()
+
+    return padded
+
+
+def random_images(clip: common.Clip, n: int) -> torch.Tensor:
+    size = clip.model.visual.image_size
+    side = size if isinstance(size, int) else size[0]
+    return torch.randn(n, 3, side, side, device=clip.device)
+
+
+@torch.no_grad()
+def encode(clip: common.Clip, images: torch.Tensor) -> torch.Tensor:
+    with common.autocast(clip):
+        return F.normalize(clip.model.encode_image(images).float(), dim=-1)
+
+
+def prograd_steps(clip: common.Clip, names: list[str], args, kind: str = "step") -> dict:
+    """One ProGrad step of B = 32 images, M = 16: forward, both gradients, projection. "fresh" views
+    are encoded first, by the released code in its learner and in its teacher. "evaluation" is of
+    many images by a trained prompt, which the released code encodes for every 100 of them."""
     C, M, B = len(names), 16, 32
     torch.manual_seed(1)
     D = clip.model.visual.output_dim
@@ -104,23 +124,22 @@ def prograd_steps(clip: common.Clip, names: list[str], args) -> dict:
     settings = argparse.Namespace(temperature=1.0, rule="project", lam=1.0)
     packed, plain = learner.names(names), PlainPrompts(clip, names, M)
 
-    class Padded(torch.nn.Module):
-        """The same learner, encoded the papers' way."""
+    images = random_images(clip, B) if kind == "fresh" else None
 
-        def __init__(self):
-            super().__init__()
-            self.clip, self.context = clip, learner.context
+    def step(encodings):
+        features = [encode(clip, images) for _ in range(encodings)][-1] if kind == "fresh" else x
+        numbers = prograd.step(learner, packed, teacher, features, labels, settings)
+        return numbers[:2], learner.context.grad
 
-        def forward(self, _):
-            return plain(self.context[None])[0]
+    @torch.no_grad()
+    def evaluate(size):
+        tested = x.repeat(10_000 // B if clip.device != "cpu" else 200 // B, 1)
+        parts = [clip.scale * part @ F.normalize(learner(packed)).T for part in tested.split(size)]
+        return [torch.cat(parts)]
 
-    padded = Padded()
-
-    def step(which):
-        numbers = prograd.step(which, packed, teacher, x, labels, settings)
-        return numbers[:2], which.context.grad
-
-    return {"plain": lambda: step(padded), "ours": lambda: step(learner)}
+    work, sizes = (evaluate, (100, 10_000)) if kind == "evaluation" else (step, (2, 1))
+    theirs = papers_way(lambda: work(sizes[0]), plain)
+    return {"plain": theirs, "ours": lambda: work(sizes[1])}
 
 
 def vpt_steps(clip: common.Clip, names: list[str], args, kind: str = "global") -> dict:
@@ -139,34 +158,22 @@ def vpt_steps(clip: common.Clip, names: list[str], args, kind: str = "global") -
         numbers = vpt.step(learner, packed, eps, x, labels, settings)
         return numbers[:2], learner.context.grad
 
-    def padded():
-        kept = common.encode_prompts
-        common.encode_prompts = lambda clip, prefix, names: plain(prefix[:, 1:])
-        try:
-            return ours()
-        finally:
-            common.encode_prompts = kept
-
-    return {"plain": padded, "ours": ours}
+    return {"plain": papers_way(ours, plain), "ours": ours}
 
 
 def proreg_steps(clip: common.Clip, names: list[str], args) -> dict:
     """One ProReg step of a batch: the teacher and the student see the same images. Ours is the
     papers' way here, but that the teacher's images are encoded once (--augment none)."""
     torch.manual_seed(1)
-    B, size = (8 if args.device == "cpu" else 64), clip.model.visual.image_size
-    size = size if isinstance(size, int) else size[0]
-    images = torch.randn(B, 3, size, size, device=clip.device)
+    B = 8 if args.device == "cpu" else 64
+    images = random_images(clip, B)
     labels = torch.randint(0, len(names), (B,), device=clip.device)
     learner = proreg.PromptedClassifier(clip, names, "a photo of a {}.").eval()
     classifier = F.normalize(learner.text_features.detach(), dim=-1)
     settings = argparse.Namespace(loss="proreg", alpha=2.0, power=10.0, temperature=1.0)
 
-    @torch.no_grad()
     def see(images, index):
-        with common.autocast(clip):
-            features = clip.model.encode_image(images)
-        return clip.scale * F.normalize(features.to(classifier), dim=-1) @ classifier.T
+        return clip.scale * encode(clip, images) @ classifier.T
 
     table = see(images, None)
 
@@ -193,36 +200,36 @@ def seconds(step, device: str) -> float:
 
 
 def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
-    """Time both ways in turn, and check that they give the same."""
-    found = {name: step() for name, step in steps.items()}  # also warms up
-    (loss, gradient), (other, their_gradient) = found["ours"], found["plain"]
+    """Time both ways in turn, if there is memory for them, and check that they give the same."""
+    found = {}
+    for name, step in steps.items():
+        try:
+            found[name] = step()  # also warms up
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
     near = 1e-3 if args.precision == "fp32" else 5e-2
-    for ours, theirs in ((loss, other), (gradient, their_gradient)):
+    for ours, theirs in zip(found["ours"], found.get("plain", ())):
         off = ((ours - theirs).norm() / theirs.norm()).item()
         assert off < near, f"{title}: the two ways differ by {off:.1e}"
-    row = {"case": title}
-    times = {name: [] for name in steps}
+    row, times = {"case": title}, {name: [] for name in found}
     for _ in range(args.repeat):
-        for name, step in steps.items():
-            times[name].append(seconds(step, args.device))
-    for name, step in steps.items():
+        for name in found:
+            times[name].append(seconds(steps[name], args.device))
+    for name in found:
         row[f"{name}_seconds"] = min(times[name])
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
             with profile(activities=[ProfilerActivity.CUDA]) as record:
-                step()
+                steps[name]()
                 torch.cuda.synchronize()
             busy = sum(event.self_device_time_total for event in record.key_averages()) / 1e6
             row[f"{name}_busy"] = min(1.0, busy / row[f"{name}_seconds"])
             row[f"{name}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    row["ratio"] = row["plain_seconds"] / row["ours_seconds"]
-    row["kernels"] = [count_kernels(steps[name]) for name in ("plain", "ours")]
-    kernels = "{:>5} {:>5}".format(*row["kernels"])
-    print(
-        f"{title:44} {row['plain_seconds']:9.4f} {row['ours_seconds']:9.4f} {row['ratio']:7.1f}",
-        kernels,
-        flush=True,
-    )
+    plain, ours = (row.get(f"{name}_seconds", float("nan")) for name in ("plain", "ours"))
+    row["ratio"] = plain / ours
+    row["kernels"] = {name: count_kernels(steps[name]) for name in found}
+    kernels = row["kernels"].values()
+    print(f"{title:44} {plain:9.4f} {ours:9.4f} {row['ratio']:7.1f}  ", *kernels, flush=True)
     return row
 
 
@@ -238,30 +245,29 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
     imagenet = open_clip.IMAGENET_CLASSNAMES
     six = [f"ab cd {i % 10} {i // 10 % 10}" for i in range(100)]  # 4 words, ".", EOT: 6 tokens
-    sizes = (
-        [10] if args.quick else [10, 47, 100] if args.device == "cpu" else [10, 47, 100, 397, 1000]
-    )
+    gpu = args.device != "cpu"
+    sizes, few = [10, 47, 100] + [397, 1000] * gpu, [50] + [500] * gpu
+    if args.quick:
+        sizes, few = [10], [5]
     clip = make_clip(args)
-    cases = [
-        (f"ProGrad step, {C} names of ImageNet", prograd_steps, imagenet[:C], {}) for C in sizes
-    ]
-    cases += [
-        ("ProGrad step, 100 names of 6 tokens", prograd_steps, six[:: 10 if args.quick else 1], {})
-    ]
-    few = 5 if args.quick else 50
-    cases += [(f"VPT step, {few} names, L = 10, {kind}", vpt_steps, imagenet[:few], {"kind": kind})
-              for kind in ("global", "image")]  # fmt: skip
-    cases += [("ProReg step", proreg_steps, imagenet[:few], {})]
+    prompt = [("names of ImageNet", imagenet[:C], "step") for C in sizes]
+    prompt += [("names of 6 tokens", six[:: 10 if args.quick else 1], "step")]
+    prompt += [("names, fresh views", imagenet[:C], "fresh") for C in sizes]
+    prompt += [("names, evaluation", imagenet[: few[0]], "evaluation")]
+    cases = [(f"ProGrad, {len(n)} {text}", prograd_steps, n, {"kind": k}) for text, n, k in prompt]
+    cases += [(f"VPT, {C} names, L = 10, {kind}", vpt_steps, imagenet[:C], {"kind": kind})
+              for C in few for kind in ("global", "image")]  # fmt: skip
+    cases += [("ProReg", proreg_steps, imagenet[: few[0]], {})]
     print(f"{'':44} {'plain s':>9} {'ours s':>9} {'ratio':>7} kernels")
     rows = []
     for title, make, names, more in cases:
         if args.only in title:
             rows.append(compare(title, make(dataclasses.replace(clip), names, args, **more), args))
     name = torch.cuda.get_device_name() if args.device != "cpu" else platform.processor()
-    about = {"device": name or platform.machine(), "torch": torch.__version__}
-    about |= {"threads": torch.get_num_threads(), "precision": args.precision}
+    about = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    about |= {"precision": args.precision, "rows": rows}
     if args.out:
-        data.write(Path(args.out), json.dumps(about | {"rows": rows}, indent=1).encode())
+        data.write(Path(args.out), json.dumps(about, indent=1).encode())
     return rows
 
 

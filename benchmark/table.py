@@ -56,9 +56,8 @@ def spread(values: list[float]) -> str:
 def difference(values: list[float]) -> str:
     """Mean of paired differences ± its standard error."""
     mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:+.1f}"
-    return f"{mean:+.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{mean:+.1f}{error}"
 
 
 def columns(results: list[dict]) -> dict[str, dict[str, list[float]]]:

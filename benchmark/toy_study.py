@@ -21,8 +21,6 @@ from collections import defaultdict
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # finds table.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
 import table
@@ -93,7 +91,6 @@ def key(what: dict) -> str:
 def perform(job: tuple[str, dict, list[str]]) -> dict:
     """One run in a folder that is thrown away → what is kept of it."""
     script, what, flags = job
-    torch.set_num_threads(1)
     flags = [*flags, "--workers", "0"]  # a pool's processes may not start others
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
@@ -101,19 +98,15 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
         with contextlib.redirect_stdout(io.StringIO()):
             result = SCRIPTS[script].main([*flags, "--out-dir", str(out), "--cache-dir", cache])
         lines = common.read_metrics(out)
-    last = lines[-1]
     kept = {"H": result["harmonic_mean"], "seconds": result["seconds"]}
     points = [(e + 1, line) for e, line in enumerate(lines) if "val_accuracy" in line]
     names = ("val_accuracy", "cosine", "conflict")
     kept["curve"] = [[e, *(round(line[name], 4) for name in names)] for e, line in points]
-    kept |= {name: round(last[name], 4) for name in ("cosine", "conflict") if name in last}
     kept["tests"] = {}
     for test in result["tests"]:
-        measures = {"zero_shot": test["zero_shot"], "tuned": test["tuned"]} | test["extra"]
-        kept["tests"][test["domain"] or test["classes"]] = {
-            name: [round(m["accuracy"], 3), round(m["nll"], 4), round(m["ece"], 2)]
-            for name, m in measures.items()
-        }
+        found = {kind: [round(m[name], 4) for name in ("accuracy", "nll", "ece")]
+                 for kind, m in common.measures(test).items()}  # fmt: skip
+        kept["tests"][test["domain"] or test["classes"]] = found
     return {"what": what, **kept}
 
 
@@ -144,18 +137,25 @@ def by_seed(rows: list[dict], value) -> dict[int, float]:
     return {seed: statistics.mean(values) for seed, values in sorted(found.items())}
 
 
-def accuracy(test: str, kind: str = "tuned", measure: int = 0):
-    """A function row → accuracy (%), NLL (nats) or ECE (%) of a test set; "H", "OOD" are means."""
+def measure(column: str, kind: str = "tuned"):
+    """A function row → what the column names: accuracy (%), "base NLL" (0.01 nats), "new ECE" (%);
+    "H" of accuracies; "OOD", their mean over the other domains."""
+    test, _, what = column.partition(" ")
+    index, factor = {"NLL": (1, 100), "ECE": (2, 1)}.get(what, (0, 1))
 
     def read(row: dict) -> float:
         if test == "H":
             return row["H"][kind]
-        if test == "OOD":
-            domains = [name for name in row["tests"] if name not in ("all", "base", "new")]
-            return statistics.mean(row["tests"][name][kind][measure] for name in domains)
-        return row["tests"][test][kind][measure]
+        names = [name for name in row["tests"] if name not in ("all", "base", "new")]
+        found = [row["tests"][name][kind][index] for name in (names if test == "OOD" else [test])]
+        return factor * statistics.mean(found)
 
     return read
+
+
+def mean_and_error(rows: list[dict], column: str, kind: str = "tuned") -> tuple[float, float]:
+    values = list(by_seed(rows, measure(column, kind)).values())
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def select(runs: dict, **wanted) -> list[dict]:
@@ -166,76 +166,91 @@ def lines_of(runs: dict, methods: list, tests: list[str], base: str, rival="", *
     """A table: zero-shot, each (title, method, kind), and its paired difference to `base`; of those
     that are neither to `rival`, too."""
     first = select(runs, method=base, **wanted)
-    if not first:
-        return []
-    out = [["", *tests]]
-    zero = [table.spread(list(by_seed(first, accuracy(t, "zero_shot")).values())) for t in tests]
-    out.append(["zero-shot", *[text.split(" ±")[0] for text in zero]])
+    zero = [list(by_seed(first, measure(test, "zero_shot")).values()) for test in tests]
+    out = [["", *tests], ["zero-shot", *[table.spread(values).split(" ±")[0] for values in zero]]]
     for title, method, kind in methods:
-        rows = select(runs, method=method, **wanted)
-        if not rows:
+        found = [by_seed(select(runs, method=method, **wanted), measure(t, kind)) for t in tests]
+        if not found[0]:
             continue
-        found = {t: by_seed(rows, accuracy(t, kind)) for t in tests}
-        n = len(found[tests[0]])
-        out.append(
-            [f"{title} ({n} seeds)", *[table.spread(list(found[t].values())) for t in tests]]
-        )
+        cells = [table.spread(list(values.values())) for values in found]
+        out.append([f"{title} ({len(found[0])} seeds)", *cells])
         others = [base, rival] if rival and method not in (base, rival) else [base]
         for other in others if (method, kind) != (base, "tuned") else ():
-            rest = select(runs, method=other, **wanted)
-            plain = {t: by_seed(rest, accuracy(t)) for t in tests}
-            shared = sorted(found[tests[0]].keys() & plain[tests[0]].keys())
-            pairs = [[found[t][s] - plain[t][s] for s in shared] for t in tests]
+            rest = [by_seed(select(runs, method=other, **wanted), measure(t)) for t in tests]
+            pairs = [[a[seed] - b[seed] for seed in a.keys() & b.keys()]
+                     for a, b in zip(found, rest)]  # fmt: skip
             out.append([f"… minus {other}", *[table.difference(pair) for pair in pairs]])
     return out
 
 
-def write_tables() -> None:
-    """tables.md, accuracy against shots, and ID against OOD."""
-    runs = read_runs()
-    parts = ["# The toy study: accuracy in %, mean ± standard deviation over seeds"]
-    parts.append("Differences are paired over seeds, ± standard error.")
-    rules = [(name, name, "tuned") for name in ("CoOp", "ProGrad", "CE + KL")]
-    tests = ["base", "new", "H"]
-    curves = defaultdict(list)
-    for shots in (1, 2, 4, 8, 16):
-        what = {"part": "base to new", "shots": shots}
-        lines = lines_of(runs, rules, tests, "CoOp", "CE + KL", **what)
-        if lines:
-            parts += [f"\n## ProGrad, {shots} shots, six tasks", table.markdown(lines)]
-        for title, method, _ in rules:
-            found = by_seed(select(runs, method=method, **what), accuracy("H"))
-            values = list(found.values())
-            if len(values) > 1:
-                error = statistics.stdev(values) / len(values) ** 0.5
-                curves[title].append((shots, statistics.mean(values), error))
-    kinds = [(m, m, "tuned") for m in ("deterministic", "VPT", "VPT u = 0.2", "VPT u = 10")]
-    lines = lines_of(runs, kinds, tests, "deterministic", part="VPT")
-    if lines:
-        parts += ["\n## VPT, global posterior, 4 shots, six tasks", table.markdown(lines)]
-    points = {}
+def curves_of(runs: dict, methods: list[str]) -> tuple[list, dict]:
+    """A table of what a run's epochs show, means over tasks and seeds; and accuracy to be drawn."""
+    lines, drawn = [], {}
+    for method in methods:
+        points = list(zip(*(row["curve"] for row in select(runs, part="curves", method=method))))
+        epochs = [rows[0][0] for rows in points]
+        for k, what in enumerate(("accuracy on validation images, %", "cosine", "conflicts"), 1):
+            values = [statistics.mean(row[k] for row in rows) for rows in points]
+            cells = [f"{value:.1f}" if k == 1 else f"{value:.2f}" for value in values]
+            lines.append([f"{method}: {what}", *cells])
+            if k == 1:
+                drawn[method] = [(epoch, value, 0.0) for epoch, value in zip(epochs, values)]
+    return [["epoch", *map(str, epochs)], *lines], drawn
+
+
+def sections() -> list[tuple]:
+    """(title, methods, columns, base, rival, which runs) of every table."""
+    rules = ["CoOp", "ProGrad", "CE + KL", "ProGrad, λ = 0.8", "ProGrad, λ = 0.5"]
+    prompts = ["deterministic", "VPT", "VPT u = 0.2", "VPT u = 10"]
+    losses = ["fine-tuning", "ProReg", "KD"]
+    lists = rules, prompts, losses
+    rules, prompts, losses = ([(m, m, "tuned") for m in names] for names in lists)
+    prompts += [("VPT, mean residual", "VPT", "mean_residual")]
+    losses += [(f"{kind} {a} zero-shot", "fine-tuning", f"{kind} {a}")
+               for kind in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]  # fmt: skip
+    both = ["base", "new", "H", "base NLL", "new NLL", "base ECE", "new ECE"]
+    found = []
+    for part, tests in (("base to new", both), ("all classes", ["all", "all NLL", "all ECE"])):
+        for shots in SHOTS:
+            title = f"ProGrad, {part}, {shots} shots, six tasks"
+            found.append((title, rules, tests, "CoOp", "CE + KL", {"part": part, "shots": shots}))
+    for part in ("VPT", "VPT, 16 shots", "VPT, image posterior", "VPT, image posterior, 16 shots"):
+        found.append((f"{part}, six tasks", prompts, both, "deterministic", "", {"part": part}))
     for task in data.world.SHORTCUT:
-        for rate in ("3e-4", "1e-4"):
-            mixed = [(f"{kind} {a} zero-shot", "fine-tuning", f"{kind} {a}")
-                     for kind in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]  # fmt: skip
-            kinds = [(m, m, "tuned") for m in ("fine-tuning", "ProReg", "KD")] + mixed
-            what = {"part": f"ProReg {rate}", "task": task}
-            lines = lines_of(runs, kinds, ["all", "OOD", "H"], "fine-tuning", "KD", **what)
-            if lines:
-                parts += [f"\n## ProReg, {task}, rate {rate}", table.markdown(lines)]
-            shown = task == data.world.BIASED and rate == "3e-4"
-            for title, method, kind in kinds if shown else ():
-                rows = select(runs, method=method, **what)
-                if rows:
-                    x, y = (by_seed(rows, accuracy(t, kind)).values() for t in ("all", "OOD"))
-                    points[title] = [(statistics.mean(x), statistics.mean(y), 0.0)]
+        for part in ("ProReg 3e-4", "ProReg 1e-4"):
+            tests, runs = ["all", "OOD", "H"], {"part": part, "task": task}
+            found.append((f"{part}, {task}", losses, tests, "fine-tuning", "KD", runs))
+    return found
+
+
+def write_tables() -> None:
+    """tables.md, and pictures."""
+    runs = read_runs()
+    missing = sum(key(what) not in runs for _, what, _ in study())
+    data.require(not missing, f"{missing} runs are not done yet: go on with toy_study.py run")
+    parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %"]
+    parts.append("Means ± standard deviation over seeds; differences are paired, ± standard error.")
+    shots, pictures = defaultdict(list), {}
+    axes = {"VPT": ("base", "new"), "ProReg 3e-4": ("all", "OOD")}
+    for title, methods, columns, base, rival, wanted in sections():
+        parts.append(f"\n## {title}")
+        parts.append(table.markdown(lines_of(runs, methods, columns, base, rival, **wanted)))
+        found = {title: (select(runs, method=method, **wanted), k) for title, method, k in methods}
+        if wanted["part"] == "base to new":
+            for name in ("CoOp", "ProGrad", "CE + KL"):
+                shots[name].append((wanted["shots"], *mean_and_error(found[name][0], "H")))
+        if wanted["part"] in axes and wanted.get("task") != "toy_shapes_unbiased":
+            x, y = axes[wanted["part"]]
+            points = {name: [(mean_and_error(rows, x, k)[0], *mean_and_error(rows, y, k))]
+                      for name, (rows, k) in found.items()}  # fmt: skip
+            pictures[f"{x}_{y}".lower()] = points, f"{x}, accuracy in %", f"{y}, accuracy in %"
+    lines, drawn = curves_of(runs, ["CoOp", "ProGrad", "CE + KL"])
+    parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(lines)]
+    pictures["curves"] = drawn, "epoch", "accuracy on validation images of base classes, %"
+    pictures["shots"] = shots, "training images a class", "H of base and new, %", True
+    for name, picture in pictures.items():
+        data.write(RESULTS / f"{name}.svg", table.plot(*picture).encode())
     data.write(RESULTS / "tables.md", ("\n".join(parts) + "\n").encode())
-    if curves:
-        svg = table.plot(curves, "training images a class", "H of base and new, %", log=True)
-        data.write(RESULTS / "shots.svg", svg.encode())
-    if points:
-        svg = table.plot(points, "in-distribution accuracy, %", "mean OOD accuracy, %")
-        data.write(RESULTS / "id_ood.svg", svg.encode())
     print("\n".join(parts))
 
 

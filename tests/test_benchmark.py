@@ -61,7 +61,7 @@ def test_counting_kernels():
 def test_speed_quick(capsys):
     """All cases at small sizes: the two ways give the same, or it says so."""
     rows = speed.main(["--quick", "--repeat", "1", "--out", "speed.json"])
-    assert len(rows) == 5 and all(row["ratio"] > 0 for row in rows)
+    assert len(rows) == 7 and all(row["ratio"] > 0 for row in rows)
     assert json.loads(Path("speed.json").read_text())["torch"] == torch.__version__
     steps = {"plain": lambda: (torch.ones(2), torch.ones(2)), "ours": lambda: (torch.ones(2),) * 2}
     steps["ours"] = lambda: (1.1 * torch.ones(2), torch.ones(2))
@@ -145,32 +145,40 @@ def test_papers_mistake():
 def test_toy_study(monkeypatch, tmp_path, capsys):
     """Runs are kept one by one, and never done twice; tables pair by seed."""
     monkeypatch.setattr(toy_study, "RESULTS", tmp_path / "toy")
+    monkeypatch.setattr(toy_study, "SEEDS", (1, 2))
+    monkeypatch.setattr(toy_study, "PROMPT_TASKS", ["toy_colorfills_dark"])
     jobs = toy_study.study()
-    assert len({toy_study.key(what) for _, what, _ in jobs}) == len(jobs) > 400
+    assert len({toy_study.key(what) for _, what, _ in jobs}) == len(jobs) > 100
     for script, _what, flags in jobs:
         SCRIPTS[script].build_parser().parse_args(flags)
     rows = []
+    kinds = ["zero_shot", "tuned", "mean_residual"]
+    kinds += [f"{k} {a}" for k in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]
     for script, what, _ in jobs:
-        if what["seed"] < 3 and what["task"] in ("toy_colorfills_dark", "toy_shapes_biased"):
-            kinds = ["zero_shot", "tuned"]
-            kinds += [f"{k} {a}" for k in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]
-            shift = what["seed"] + (what["method"] == "ProGrad")
-            m = {kind: [60.0 + shift, 1.0, 5.0] for kind in kinds}
-            tests = ("all", "x") if script == "proreg" else ("base", "new")
-            h = {kind: 60.0 + shift for kind in kinds}
-            rows.append({"what": what, "H": h, "tests": dict.fromkeys(tests, m)})
+        shift = what["seed"] + (what["method"] == "ProGrad")
+        m = {kind: [60.0 + shift, 1.0, 5.0] for kind in kinds}
+        tests = ("all", "x") if script == "proreg" else ("base", "new", "all")
+        h = {kind: 60.0 + shift for kind in kinds}
+        row = {"what": what, "H": h, "tests": dict.fromkeys(tests, m)}
+        rows.append(row | {"curve": [[40, 70.0, 0.5, 0.1], [80, 71.0, 0.4, 0.2]]})
+    data.write(tmp_path / "toy/runs.jsonl", (json.dumps(rows[0]) + "\n").encode())
+    with pytest.raises(data.UserError, match=f"{len(jobs) - 1} runs are not done yet"):
+        toy_study.write_tables()
     data.write(tmp_path / "toy/runs.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
     toy_study.write_tables()
     out = (tmp_path / "toy/tables.md").read_text()
     assert "| ProGrad (2 seeds) | 62.5 ± 0.7 |" in out
-    assert "| … minus CoOp | +1.0 ± 0.0 | +1.0 ± 0.0 | +1.0 ± 0.0 |" in out
-    assert (tmp_path / "toy/shots.svg").exists() and (tmp_path / "toy/id_ood.svg").exists()
+    assert "| … minus CoOp | +1.0 ± 0.0 | +1.0 ± 0.0 | +1.0 ± 0.0 | +0.0 ± 0.0 |" in out
+    assert "| ProGrad: cosine | 0.50 | 0.40 |" in out
+    pictures = {path.stem for path in (tmp_path / "toy").glob("*.svg")}
+    assert pictures == {"shots", "base_new", "all_ood", "curves"}
     done = toy_study.read_runs()
     assert all(toy_study.key(row["what"]) in done for row in rows)
 
 
 def test_one_run_of_the_study():
-    script, what, flags = toy_study.study()[0]
-    kept = toy_study.perform((script, what, [*flags, "--epochs", "3"]))
+    script, what, flags = next(job for job in toy_study.study() if job[1]["part"] == "curves")
+    kept = toy_study.perform((script, what, [*flags, "--epochs", "40"]))
     assert kept["what"] == what and set(kept["tests"]) == {"base", "new"}
-    assert -1 <= kept["cosine"] <= 1
+    ((epoch, accuracy, cosine, conflict),) = kept["curve"]
+    assert epoch == 40 and 0 < accuracy < 100 and -1 <= cosine <= 1 and 0 <= conflict <= 1
