@@ -7,7 +7,7 @@
 A dataset is a toy task (toyclip/world.py: no files), a name in SOURCES below, or your own images:
     folder:PATH   PATH/CLASS/*, or PATH/{train,val,test}/CLASS/*; PATH/ood/NAME/CLASS/* is tested on
     domains:PATH  PATH/DOMAIN/CLASS/*, with --train-domain or --test-domain
-PATH/classnames.txt may name the classes: a line "FOLDER<tab>NAME" for each.
+PATH/classnames.txt may name the classes: a line "FOLDER<tab>NAME" for each, or names in order.
 """
 
 import argparse
@@ -401,7 +401,7 @@ def choose_domains(found: Found, entries: list[Entry], args: argparse.Namespace)
     if kinds:
         pairs = [(kind, domain) for kind in kinds for domain in (test if kind == "ood" else train)]
         with contextlib.suppress(FileNotFoundError):
-            return read_lists(found, pairs)
+            return sorted(read_lists(found, pairs), key=lambda entry: entry[1].lower())
         found.notes.append("its published lists are not there")
     part = dict.fromkeys(train, "") | dict.fromkeys(test, "ood")
     return [(path, cls, part[d], d) for path, cls, _, d in entries if d in part]
@@ -421,7 +421,8 @@ def hold_out_contexts(found: Found, entries: list[Entry]) -> list[Entry]:
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
 def class_names(found: Found, classes: set[str]) -> dict[str, str]:
     """{class folder: its name in prompts}, in label order."""
-    ordered = sorted(classes, key=str.lower if "?P<domain>" in found.source.paths else None)
+    domains = "?P<domain>" in found.source.paths and found.source.paths != OWN
+    ordered = sorted(classes, key=str.lower if domains else None)  # DomainNet's labels do so
     own = Path(found.root, "classnames.txt")
     if found.name == "fgvc_aircraft":
         ordered = read_text(find_file(found, "variants.txt")).splitlines()

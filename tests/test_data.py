@@ -267,6 +267,11 @@ def test_folder_with_classes(tmp_path):
     assert task.split == hashlib.sha1("\n".join(task.lines).encode()).hexdigest()
 
 
+def test_classes_are_in_the_order_of_their_names(tmp_path):
+    photos(tmp_path, ["apple", "Zebra"])
+    assert read(f"folder:{tmp_path}").classnames == ["Zebra", "apple"]
+
+
 def test_folder_with_parts_in_any_spelling(tmp_path):
     photos(tmp_path, n=3, parts=("Train", "Validation", "TEST"))
     found = read(f"folder:{tmp_path}")

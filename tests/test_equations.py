@@ -21,9 +21,9 @@ import vpt
 
 
 def paste(module) -> SimpleNamespace:
-    """The METHOD section by itself, with two imports."""
+    """The METHOD section by itself, with `import torch` and nothing else."""
     (text,) = re.findall(r"# 1\. METHOD.*?(?=# 2\. )", inspect.getsource(module), re.DOTALL)
-    names = {"torch": torch, "F": F}
+    names = {"torch": torch}
     exec(text, names)
     return SimpleNamespace(**{key: f for key, f in names.items() if inspect.isfunction(f)})
 
