@@ -228,8 +228,7 @@ def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
     plain, ours = (row.get(f"{name}_seconds", float("nan")) for name in ("plain", "ours"))
     row["ratio"] = plain / ours
     row["kernels"] = {name: count_kernels(steps[name]) for name in found}
-    kernels = row["kernels"].values()
-    print(f"{title:44} {plain:9.4f} {ours:9.4f} {row['ratio']:7.1f}  ", *kernels, flush=True)
+    print(f"{title:44} {plain:9.4f} {ours:9.4f} {row['ratio']:7.1f} {row['kernels']}", flush=True)
     return row
 
 

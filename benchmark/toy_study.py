@@ -3,9 +3,10 @@
     python benchmark/toy_study.py run --jobs 2     # goes on where it was; results/toy/runs.jsonl
     python benchmark/toy_study.py tables           # results/toy/tables.md and two pictures
     python benchmark/toy_study.py stable           # each default under 1e-6 and other kernels
+    python benchmark/toy_study.py choose           # the same for three sizes of VPT's noise
 
-Settings are the scripts' defaults, which follow the papers' regime; nothing is chosen here. Test
-sets are read once, at the last step. Differences are paired: the same seed, images and batches.
+Settings are the defaults, which follow the papers' regime; of VPT's --residual-scale `choose` shows
+how little a run moves. Test sets are read once. Paired: the same seed, images and batches.
 """
 
 import contextlib
@@ -264,44 +265,44 @@ def shaken(*args, **more):
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(draw))
     return value * (1 + 1e-6 * noise) if draw else value
 script.{start} = shaken
-result = script.main(["--cache-dir", "none", "--out-dir", sys.argv[3]])
+result = script.main(["--cache-dir", "none", "--out-dir", *sys.argv[3:]])
 kinds = ("baseline", "tuned")
 print(json.dumps([[t["n"], {{k: t[k]["accuracy"] for k in kinds}}] for t in result["tests"]]))
 """
 START = {"prograd": "initial_context", "vpt": "initial_context", "proreg": "common.prompt_features"}
 
 
-def stable() -> None:
-    """Print by how many images each accuracy of a default run moves."""
+def stable(commands: list[str]) -> None:
+    """Print by how many images each accuracy of each run (a script and flags) moves."""
     cases = [(f"start × (1 + 1e-6 noise {d})", d, {}) for d in (1, 2, 3)]
     names = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
     cases += [(name, 0, dict(zip(names, values))) for name, values in KERNELS.items()]
-    for script, start in START.items():
-        code = SHAKEN.format(script=script, start=start)
-        first = None
+    for run in commands:
+        script, *flags = run.split()
+        code, first = SHAKEN.format(script=script, start=START[script]), None
         for name, draw, kernels in [("as it is", 0, {}), *cases]:
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-c", code, str(ROOT), str(draw), f"{folder}/run"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True,
-                                      env=os.environ | kernels)  # fmt: skip
-            found = json.loads(done.stdout.splitlines()[-1])
+                call = [sys.executable, "-c", code, ROOT, str(draw), f"{folder}/run", *flags]
+                out = subprocess.check_output(call, text=True, env=os.environ | kernels)
+            found = json.loads(out.splitlines()[-1])
             first = first or found
             moved = [f"{kind} {round((m[kind] - m0[kind]) * n / 100):+d}"
                      for (n, m), (_, m0) in zip(found, first) for kind in m]  # fmt: skip
-            print(f"{script:8} {name:26} images: {', '.join(moved)}", flush=True)
+            print(f"{run:26} {name:26} images: {', '.join(moved)}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("action", choices=["run", "tables", "stable"])
+    parser.add_argument("action", choices=["run", "tables", "stable", "choose"])
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
     args = parser.parse_args(argv)
     if args.action == "run":
         run_study(args.jobs)
-    if args.action == "stable":
-        stable()
-    else:
+    if args.action in ("run", "tables"):
         write_tables()
+    else:
+        scales = [f"vpt --residual-scale {u}" for u in (0.2, 4, 10)]
+        stable(list(START) if args.action == "stable" else scales)
 
 
 if __name__ == "__main__":
