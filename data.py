@@ -322,7 +322,8 @@ def read_folders(found: Found, args: argparse.Namespace) -> tuple[list[Entry], d
         entries = choose_domains(found, walk(found, args), args)
     else:
         entries = read_lists(found, [(p, "") for p in lists]) if lists else walk(found, args)
-    require(entries, f"{found.name}: no images in {found.root}; expected are paths {paths}")
+    expected = "CLASS/NAME.jpg" if paths == OWN else paths
+    require(entries, f"{found.name}: no images in {found.root}; expected are paths {expected}")
     return entries, class_names(found, {cls for _, cls, _, _ in entries})
 
 
@@ -383,6 +384,7 @@ def check_parts(found: Found, entries: list[Entry]) -> None:
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     good = kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
     require(good, f"{found.root} has {parts}: needed are one train and one test, maybe one val")
+    found.notes += [f"the folders {', '.join(parts)} are read as parts"] if parts else []
 
 
 def choose_domains(found: Found, entries: list[Entry], args: argparse.Namespace) -> list[Entry]:
@@ -508,6 +510,7 @@ def split_rest(found: Found) -> None:
         parts |= split_items(parts["train"], shares, found)
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text}, the rest {'train' if found.ood else 'test'}")
+        found.faults += [] if parts["test"] else ["too few images to split: 6 a class are needed"]
     if parts["train"] and not found.ood:
         trained = {label for _, label in parts["train"]}
         extra = sorted({label for _, label in parts["val"] + parts["test"]} - trained)

@@ -277,6 +277,7 @@ def test_folder_with_parts_in_any_spelling(tmp_path):
     found = read(f"folder:{tmp_path}")
     assert [len(found.parts[part]) for part in ("train", "val", "test")] == [6, 6, 6]
     assert found.classnames == ["cat", "dog"]
+    assert "the folders TEST, Train, Validation are read as parts" in found.notes
 
 
 def test_folder_with_train_and_val_only(tmp_path):
@@ -298,6 +299,9 @@ def test_domains(tmp_path):
     assert [test.domain for test in task.tests] == ["", "snow"]
     with pytest.raises(UserError, match="name --train-domain or --test-domain, of rain, snow, sun"):
         load(f"domains:{tmp_path}")
+    photos(tmp_path / "few", n=5, parts=("sun", "rain"))
+    with pytest.raises(UserError, match="too few images to split: 6 a class are needed"):
+        load(f"domains:{tmp_path}/few", test_domain=["rain"])
 
 
 MIXED = {  # folders below the root, with class folders of images in them: what is said
@@ -554,7 +558,7 @@ def test_copies_are_found_by_content(tmp_path):
 
 def test_views_are_functions_of_seed_view_and_position(tmp_path):
     photos(tmp_path, n=2)
-    items = read(f"domains:{photos(tmp_path / 'd', n=4, parts=('a', 'b'))}", test_domain=["b"])
+    items = read(f"domains:{photos(tmp_path / 'd', n=6, parts=('a', 'b'))}", test_domain=["b"])
     items = items.parts["train"]
     transform = lambda image: torch.rand(2)  # noqa: E731
     images, n = data.ImageSet(items, transform, seed=3), len(items)
