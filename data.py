@@ -67,7 +67,7 @@ def run(main) -> None:
     try:
         return main()
     except KeyboardInterrupt:
-        status, text = 130, "interrupted: --resume RUN goes on"
+        status, text = 130, "interrupted; a run goes on with --resume RUN"
     except UserError as error:
         status, text = 2, str(error).split("UserError: ")[-1]  # loader workers add a traceback
     except FloatingPointError as error:
@@ -82,13 +82,15 @@ def run(main) -> None:
 
 def explain(error: Exception) -> tuple[int, str]:
     """Exit status and one line for what the machine ran out of; no line for a fault of ours."""
-    if any(word in str(error) for word in ("shared memory", "/torch_", "open files", "bus error")):
+    reason = getattr(error, "strerror", None) or str(error)  # without a file's name
+    if any(word in reason for word in ("shared memory", "/torch_", "open files", "bus error")):
         return 2, "too little /dev/shm, too few open files: --workers 0, or docker --shm-size 8g"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason:
         return 1, "out of memory: try a smaller --memory-gb or --batch-size"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else ""
-    return 1 if full else 2, text
+    if not isinstance(error, OSError):
+        return 1, ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return 1 if full else 2, f"{error.filename}: {reason}" if error.filename else reason
 
 
 def write(path: Path, content: bytes) -> None:
@@ -199,7 +201,7 @@ SOURCES = {
 WRONG = "sketch/dog/n02103406_4068-1.png"  # an entry of PACS's lists that Dassl leaves out, too
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "val", "valid": "val", "validation": "val"}
-OWN = rf"(ood/(?P<domain>[^/]+)/|(?P<part>(?i:{'|'.join(PARTS)}))/)?{CLASS}"
+OWN = rf"((?i:ood)/(?P<domain>[^/]+)/|(?P<part>(?i:{'|'.join(PARTS)}))/)?{CLASS}"
 OWN_DOMAINS = f"(?P<domain>[^/]+)/{CLASS}"
 # fmt: on
 
@@ -222,7 +224,8 @@ class Found:
 def read(name: str, args: argparse.Namespace) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and which domains are what."""
     found = find(name, args)
-    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5])}")
+    more = f"; and {len(found.faults) - 5} more" if len(found.faults) > 5 else ""
+    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5])}{more}")
     return found
 
 
@@ -232,6 +235,9 @@ def find(name: str, args: argparse.Namespace) -> Found:
         task = world.TASKS[name]
         return Found(name, Source("", template=task.template), "", *world.task_items(name))
     found = locate(name, args)
+    given = args.train_domain or args.test_domain
+    known = has_domains(found) or not given
+    require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
     entries, names = (read_split if found.source.split else read_folders)(found, args)
     check_names(found, names)
     found.classnames = list(names.values())
@@ -241,9 +247,12 @@ def find(name: str, args: argparse.Namespace) -> Found:
         items = found.ood.setdefault(domain, []) if part == "ood" else found.parts[part]
         items.append((root + path, label[cls]))
     split_rest(found)
-    leaks = overlaps(found, real_paths(), "under several paths")
-    found.faults += [f"{path} is to be trained and tested on: remove one" for path in leaks[:9]]
+    check_overlaps(found, real_paths(), "under several paths")
     return found
+
+
+def has_domains(found: Found) -> bool:
+    return "?P<domain>" in found.source.paths and found.source.paths != OWN
 
 
 def locate(name: str, args: argparse.Namespace) -> Found:
@@ -271,11 +280,12 @@ def locate(name: str, args: argparse.Namespace) -> Found:
 def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
     root, above = Path(found.root), Path(found.root).parent
-    for place in (above, root, above / "splits", root / "splits", above.parent / "imagenet"):
+    near = (above, root, above / "splits", root / "splits", above.parent / "imagenet")
+    for place in (*near, above / "imagenet"):
         if (place / file).is_file():
             return place / file
     if not url:
-        advice = f"{found.name} needs it, see CoOp's DATASETS.md"
+        advice = f"{found.name} needs it: try --download, or see CoOp's DATASETS.md"
         raise FileNotFoundError(errno.ENOENT, advice, above / file)
     write(above / file, urllib.request.urlopen(url).read())
     return above / file
@@ -293,8 +303,8 @@ def resolve(found: Found, path: str, where: str) -> str:
 
 def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Entry], dict[int, str]]:
     """CoOp's split file → entries, {label: class name}."""
-    url = SPLITS + found.source.split if args.download else ""
-    file = find_file(found, found.source.split, url)
+    fetch = args.download and found.name not in ("food101", "sun397")
+    file = find_file(found, found.source.split, SPLITS + found.source.split if fetch else "")
     split, entries, names = read_json(file), [], {}
     for part in ("train", "val", "test"):
         rows = split.get(part) if isinstance(split, dict) else None
@@ -318,7 +328,7 @@ def read_folders(found: Found, args: argparse.Namespace) -> tuple[list[Entry], d
     if paths == OWN:
         entries = walk(found, args)
         check_parts(found, entries)
-    elif "?P<domain>" in paths:
+    elif has_domains(found):
         entries = choose_domains(found, walk(found, args), args)
     else:
         entries = read_lists(found, [(p, "") for p in lists]) if lists else walk(found, args)
@@ -349,12 +359,16 @@ def walk(found: Found, args: argparse.Namespace) -> list[Entry]:
     your own folders is counted, by reason, in a note."""
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
     entries, left, fits = [], collections.Counter(), re.compile(found.source.paths).fullmatch
+    above = {found.root: [os.path.realpath(found.root)]}  # real paths on the way to a folder
     for folder, folders, files in os.walk(found.root, followlinks=True):
+        way = above.pop(folder)
         real = {sub: os.path.realpath(os.path.join(folder, sub)) for sub in folders}
         kept = [sub for sub in folders if not sub.startswith((".", "__")) and real[sub] not in own]
         left["hidden or own folders"] += len(folders) - len(kept)
-        above = f"{os.path.realpath(folder)}/"  # a link to a folder above would have no end
-        folders[:] = [sub for sub in kept if not above.startswith(f"{real[sub]}/")]
+        # A link to a folder on the way would have no end.
+        ends = [sub for sub in kept if not any(f"{up}/".startswith(f"{real[sub]}/") for up in way)]
+        folders[:] = ends
+        above |= {os.path.join(folder, sub): [*way, real[sub]] for sub in ends}
         place = os.path.relpath(folder, found.root).replace(os.sep, "/") + "/"
         place = place.removeprefix("./")
         for file in files:
@@ -368,12 +382,14 @@ def walk(found: Found, args: argparse.Namespace) -> list[Entry]:
             elif file != "classnames.txt":
                 left[os.path.splitext(file)[1] or "no ending" if match else "no class folder"] += 1
     text = ", ".join(f"{n} ({why})" for why, n in left.items() if n)
-    found.notes += [f"files left out: {text}"] if text and ":" in found.name else []
+    found.notes += [f"left out: {text}"] if text and ":" in found.name else []
     return sorted(entries, key=lambda entry: (entry[1], entry[0]))
 
 
 def check_parts(found: Found, entries: list[Entry]) -> None:
     """Your own images: UserError for parts beside classes, and for too many or too few parts."""
+    deep = [path for path, cls, _, _ in entries if cls.lower() == "ood" and path.count("/") > 1]
+    require(not deep, f"{found.root}/{deep[:1]}: expected are ood/NAME/CLASS/*")
     pairs = {(path.split("/")[0], part) for path, _, part, _ in entries if part != "ood"}
     parts = sorted(folder for folder, part in pairs if part)
     classes = sorted(folder for folder, part in pairs if not part)
@@ -423,8 +439,8 @@ def hold_out_contexts(found: Found, entries: list[Entry]) -> list[Entry]:
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
 def class_names(found: Found, classes: set[str]) -> dict[str, str]:
     """{class folder: its name in prompts}, in label order."""
-    domains = "?P<domain>" in found.source.paths and found.source.paths != OWN
-    ordered = sorted(classes, key=str.lower if domains else None)  # DomainNet's labels do so
+    # DomainNet's labels are in such an order.
+    ordered = sorted(classes, key=str.lower if has_domains(found) else None)
     own = Path(found.root, "classnames.txt")
     if found.name == "fgvc_aircraft":
         ordered = read_text(find_file(found, "variants.txt")).splitlines()
@@ -486,7 +502,8 @@ def check_names(found: Found, names: dict) -> None:
     from open_clip import SimpleTokenizer
 
     tokenizer, twins = SimpleTokenizer(), collections.defaultdict(list)
-    require(len(names) > 1, f"{found.root} has one class, {[*names.values()]}: two are needed")
+    if len(names) < 2:
+        found.faults.append(f"there is one class, {[*names.values()]}: two are needed")
     for text in names.values():
         twins[tuple(tokenizer.encode(text.replace("_", " ")))].append(text)
     same = [group for tokens, group in twins.items() if len(group) > 1 or not tokens]
@@ -511,11 +528,12 @@ def split_rest(found: Found) -> None:
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text}, the rest {'train' if found.ood else 'test'}")
         found.faults += [] if parts["test"] else ["too few images to split: 6 a class are needed"]
-    if parts["train"] and not found.ood:
+    if parts["train"]:
         trained = {label for _, label in parts["train"]}
-        extra = sorted({label for _, label in parts["val"] + parts["test"]} - trained)
+        extra = [cls for label, cls in enumerate(found.classnames) if label not in trained]
+        told = found.faults if name[:7] == "folder:" or not found.ood else found.notes
         text = "has no training image: add one, or remove its other images"
-        found.faults += [f"class {found.classnames[label]!r} {text}" for label in extra]
+        told += [f"class {cls!r} {text}" for cls in extra]
 
 
 def split_items(items: list[Item], shares: dict[str, float], found: Found) -> dict[str, list[Item]]:
@@ -538,8 +556,9 @@ def split_items(items: list[Item], shares: dict[str, float], found: Found) -> di
     return parts
 
 
-def overlaps(found: Found, identity: Callable[[str], object], how: str) -> list[str]:
-    """Note images that are there twice, by their identity → those both trained and tested on."""
+def check_overlaps(found: Found, identity: Callable[[str], object], how: str) -> None:
+    """A note on images that are there twice, by their identity; a fault where they are both trained
+    and tested on."""
     first, twice = {}, collections.defaultdict(list)
     for part, items in [*found.parts.items(), *(("test", items) for items in found.ood.values())]:
         for address, label in items:
@@ -550,10 +569,14 @@ def overlaps(found: Found, identity: Callable[[str], object], how: str) -> list[
     uses = [list(zip(known, *more)) for known, more in twice.items()]  # addresses, parts, labels
     if uses:
         classes = sum(len(set(labels)) > 1 for _, _, labels in uses)
-        parts = sum(len(set(parts)) > 1 for _, parts, _ in uses)
+        apart = sum(len(set(parts)) > 1 for _, parts, _ in uses)
         text = f"{len(uses)} images are there {how}, {classes} of them in two classes"
-        found.notes.append(f"{text}, {parts} in two parts")
-    return [addresses[0] for addresses, parts, _ in uses if {"train", "test"} <= set(parts)]
+        found.notes.append(f"{text}, {apart} in two parts")
+    for addresses, parts, _ in uses:
+        path = dict(zip(parts, addresses))
+        if {"train", "test"} <= path.keys():
+            text = f"{path['train']}, trained on, and {path['test']}, tested on, are one image"
+            found.faults.append(f"{text}: remove one")
 
 
 def real_paths() -> Callable[[str], str]:
@@ -669,13 +692,15 @@ def load_task(args: argparse.Namespace) -> Task:
     classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
     drawn = fewshot(parts["train"], parts["val"], args.shots, args.seed)
     train, val = (keep_labels(items, range(len(classnames))) for items in drawn)
-    least = min(map(len, by_label(train).values()))
-    few = least < (1 if args.shots == "all" else args.shots)
+    counts = collections.Counter(label for _, label in train)
+    least = min(counts[label] for label in range(len(classnames)))
+    few = least == 0 or (args.shots != "all" and least < args.shots)
     found.notes += [f"a class has {least} training images, no more"] if few else []
     template = own or found.source.template
     tests = make_tests(found, args.classes, args.test_part, template)
+    anywhere = argparse.Namespace(**vars(args) | {"train_domain": None, "test_domain": None})
     for other in args.test_on:
-        target = read(other, args)
+        target = read(other, anywhere)
         tests += make_tests(target, "all", args.test_part, target.source.template)
         found.notes += target.notes
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
@@ -703,11 +728,15 @@ def make_tests(found: Found, classes: str, part: str, template: str) -> list[Tes
     return tests
 
 
+def count_or_all(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
 # fmt: off
 FLAGS = {
     "--dataset": {"metavar": "NAME", "help": "a task of data.py, folder:PATH or domains:PATH"},
     "--data-root": {"metavar": "DIR", "help": "folder of the datasets"},
-    "--shots": {"type": lambda text: text if text == "all" else int(text), "metavar": "K",
+    "--shots": {"type": count_or_all, "metavar": "K",
                 "help": "training images a class, or all"},
     "--seed": {"type": int, "metavar": "S", "help": "of every random draw"},
     "--classes": {"choices": ["all", "base"], "help": "base: train on half, test on base and new"},
@@ -738,9 +767,12 @@ def read_image(address: str) -> Image.Image:
             require(fits, f"{short} x {long} pixels; {limit}")
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "F":
+            if image.mode in ("F", "I"):
                 low, high = image.getextrema()
-                require(0 <= low and high <= 1, f"floats {low:g} to {high:g}: scale them to [0, 1]")
+                fits = high <= 1 if image.mode == "F" else 255 < high < 65536
+                wanted = "floats to [0, 1], whole numbers to 8 or 16 bit"
+                require(low >= 0 and fits, f"values {low:g} to {high:g}: scale {wanted}")
+            if image.mode == "F":
                 image = image.point(lambda value: value * 255 + 0.5).convert("L")
             if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
@@ -749,16 +781,18 @@ def read_image(address: str) -> Image.Image:
         raise UserError(f"{address}: {error or type(error).__name__}") from error
 
 
-def check_images(found: Found) -> list[str]:
-    """Every image that cannot be read, and every copy, by content, that is where it must not be."""
+def check_images(found: Found) -> None:
+    """A fault for every image that cannot be read, and for copies where they must not be."""
 
-    def content(address: str) -> bytes:
-        return hashlib.sha1(Path(address).read_bytes()).digest()
+    def content(address: str) -> object:
+        readable = os.access(address, os.R_OK)  # no link to nothing
+        return hashlib.sha1(Path(address).read_bytes()).digest() if readable else address
 
-    copies = overlaps(found, content, "as copies") if found.root else []
-    faults = bad_images(itertools.chain(*found.parts.values(), *found.ood.values()))
-    found.notes += [] if faults else ["all images can be read"]
-    return faults + [f"{path}: trained on, and a copy is tested on" for path in copies]
+    if found.root:
+        check_overlaps(found, content, "as copies")
+    bad = bad_images(itertools.chain(*found.parts.values(), *found.ood.values()))
+    found.faults += bad
+    found.notes += [] if bad else ["all images can be read"]
 
 
 def bad_images(items: list[Item]) -> list[str]:
@@ -778,7 +812,7 @@ def train_transform(preprocess, augment: str):
     """The training transform that goes with `preprocess`, an open_clip test transform. none:
     `preprocess` itself; crop: CoOp's random resized crop and flip; randaugment: ProReg's. They draw
     from torch's global generator."""
-    from torchvision import transforms as T  # takes a second, and listing data does without
+    from torchvision import transforms as T
 
     if augment == "none":
         return preprocess
@@ -808,14 +842,14 @@ class ImageSet(Dataset):
             return self.transform(read_image(address)), label, i
 
 
-def image_loader(images: ImageSet, batches: list[list[int]], args) -> DataLoader:
+def image_loader(images: ImageSet, lists: list[list[int]], args) -> DataLoader:
     """A DataLoader over lists of positions in `images`, with --workers processes.
 
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
     n, pin = min(args.workers, len(images) // 64), args.device != "cpu"
     keep = {"persistent_workers": n > 0, "pin_memory": pin}
-    return DataLoader(images, batch_sampler=batches, num_workers=n, **keep)
+    return DataLoader(images, batch_sampler=lists, num_workers=n, **keep)
 
 
 # 7. THE COMMAND: what is there --------------------------------------------------------------------
@@ -832,30 +866,35 @@ def describe(found: Found, whole: bool) -> None:
     where = LIKE.get(found.name, f"in {found.root}")
     print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; {where}")
     print("".join(f"note: {note}\n" for note in found.notes if whole), end="")
+    counts = {part: collections.Counter(y for _, y in items) for part, items in sets.items()}
     for label, cls in enumerate(found.classnames if whole else ()):
-        counts = [sum(item[1] == label for item in items) for items in sets.values()]
-        print(f"{label:5}  {cls:30}", *(f"{n} {part}" for n, part in zip(counts, sets) if n))
+        shown = [f"{count[label]} {part}" for part, count in counts.items() if count[label]]
+        print(f"{label:5}  {cls:30}", *shown)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="What a dataset holds, and what is missing.", allow_abbrev=False)
-    for name, options in FLAGS.items():
-        parser.add_argument(name, **options)
+    for name in ("--dataset", "--data-root", "--download", "--train-domain", "--test-domain"):
+        parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
-    parser.set_defaults(data_root="data", dataset="all")
+    parser.set_defaults(data_root="data")
     args = parser.parse_args(argv)
-    if args.dataset != "all":
+    if args.dataset:
         found = find(args.dataset, args)
-        faults = found.faults + (check_images(found) if args.check_images else [])
+        if args.check_images:
+            check_images(found)
         describe(found, True)
-        print("".join(f"{fault}\n" for fault in faults), end="")
-        require(not faults, f"{len(faults)} faults, named above: mend or remove what is wrong")
+        print("".join(f"{fault}\n" for fault in found.faults), end="")
+        require(not found.faults, f"{len(found.faults)} faults, named above: mend them first")
         return
+    require(not (args.download or args.check_images), "name one --dataset for this")
     for name in [*world.TASKS, *SOURCES]:
         try:
             describe(read(name, args), False)
-        except (UserError, FileNotFoundError) as error:
+        except UserError as error:
             print(f"{name:30} {str(error).removeprefix(f'{name}: ')}")
+        except OSError as error:
+            print(f"{name:30} {explain(error)[1]}")
 
 
 if __name__ == "__main__":

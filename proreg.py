@@ -56,14 +56,15 @@ followed)
  8. The paper's experiment on VQA-CP (with ViLT) is not in the code and not here.
 
     python proreg.py                                                   # toy world, toy CLIP
-    python proreg.py --dataset pacs --test-domain sketch --paper       # the released protocol
-    python proreg.py --dataset nico_animal --paper --ensemble 0.5 --wise-ft 0.3 0.5 0.7
-    torchrun --nproc-per-node 4 proreg.py --dataset domainnet --paper --workers 4
+    python proreg.py --dataset bar --paper                             # the released protocol
+    python proreg.py --dataset pacs --test-domain sketch --loss ce --ensemble 0.5 --wise-ft 0.3 0.5
+    torchrun --nproc-per-node 4 proreg.py --dataset domainnet --workers 4
 """
 
 import argparse
 import copy
 import dataclasses
+import datetime
 import os
 import sys
 import time
@@ -90,9 +91,7 @@ def adaptive_weight(
     """Trust in the zero-shot prompt, sample by sample (Eq. 4). logits, zs_logits [B, C], labels [B]
     → [B] in [0, 1).
 
-    WHY log space: probabilities of 0 and 1 are usual here, and p^10 leaves float32's range below
-    p = 1e-4. WHY no gradient: through w the model could lower its loss by being less sure of the
-    label.
+    WHY no gradient: through w the model could lower its loss by being less sure of the label.
 
     >>> sure, wrong = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
     >>> label = torch.tensor([0])
@@ -100,11 +99,10 @@ def adaptive_weight(
     (tensor([0.5000]), tensor([1.0000]))
     """
     with torch.no_grad():
-        log_p = -label_losses(logits, labels)  # [B]
-        log_zs = -power * label_losses(zs_logits, labels)
+        p = (-label_losses(logits, labels)).exp()  # [B]
+        p_zs = (-label_losses(zs_logits, labels)).exp()
         # Eq. 4: w = p_zs^k / ( p + p_zs^k + 1e-5 )
-        terms = torch.stack([log_p, log_zs, torch.full_like(log_p, 1e-5).log()])
-        return (log_zs - terms.logsumexp(dim=0)).exp()
+        return p_zs**power / (p + p_zs**power + 1e-5)
 
 
 def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -193,7 +191,9 @@ class PromptedClassifier(nn.Module):
         self, clip: Clip, classnames: list[str], template: str, head: str = "text", seed: int = 1
     ):
         super().__init__()
-        self.visual = copy.deepcopy(clip.model.visual).requires_grad_(True)
+        visual = copy.deepcopy(clip.model.visual).requires_grad_(True)
+        # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
+        self.visual = visual.to(memory_format=torch.contiguous_format)
         self.classnames = classnames  # of the classifier's rows
         self.template = template
         self.cls_head = None
@@ -307,9 +307,11 @@ def join_processes(args: argparse.Namespace) -> None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
+        # The others wait while the first evaluates, which may take long.
+        backend, timeout = "nccl" if args.device != "cpu" else "gloo", datetime.timedelta(days=1)
+        dist.init_process_group(backend, timeout=timeout)
     if dist.get_rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
 
 
 def processes() -> tuple[int, int]:
@@ -352,7 +354,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed).eval()
     learner.visual.requires_grad_(args.train == "all")
     groups = parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay)
-    # WHY fused: it counts its steps on the device, where the others wait for the number.
+    # WHY fused: one kernel for all parameters, and no number is read on the way.
     optimizer = torch.optim.AdamW(groups, args.lr, tuple(args.betas), eps=1e-8, fused=True)
     first = common.resume(out, learner, optimizer)
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
@@ -363,8 +365,9 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
         order = torch.randperm(len(task.train), generator=data.generator(args.seed, "order", epoch))
         # The last batch may be smaller, and is kept, as released.
         order = order.split(args.batch_size)[: args.max_steps or None]
-        progress = tqdm(order, f"{out.name} {epoch + 1}/{args.epochs}", leave=False, disable=None)
-        seen = []
+        hidden = True if processes()[0] > 0 else None  # None: where stderr is no terminal
+        progress = tqdm(order, f"{out.name} {epoch + 1}/{args.epochs}", leave=False, disable=hidden)
+        sums = torch.zeros(6, device=clip.device)
         for i, (batch, parts) in enumerate(zip(progress, batches(epoch, order))):
             share = warmup_linear(epoch * len(order) + i, args.epochs * len(order), args.warmup)
             for group in optimizer.param_groups:
@@ -375,12 +378,12 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
                 loss, numbers = step(learner, clip, teacher, *part, args)
                 # WHY this factor: summed over parts and processes it is the mean over the batch.
                 scaler.scale(loss * (len(part[0]) / len(batch))).backward()
-                seen.append(numbers)
+                sums += numbers
             add_gradients(learner)
             # Eq. 7
             scaler.step(optimizer)
             scaler.update()
-        end_epoch(args, clip, task, out, epoch, learner, optimizer, torch.stack(seen).sum(dim=0))
+        end_epoch(args, clip, task, out, epoch, learner, optimizer, sums)
     if args.select == "val" and processes()[0] == 0:
         common.load_checkpoint(out / "best", learner)
     return learner
@@ -431,7 +434,7 @@ def add_gradients(learner: PromptedClassifier) -> None:
         return
     learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
-    flat = nn.utils.parameters_to_vector(parts)
+    flat = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(flat)
     for parameter, grad in zip(learned, flat.split([p.numel() for p in learned])):
         parameter.grad = grad.view_as(parameter)
@@ -444,14 +447,15 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums)
     if processes()[0] > 0:
         return
     loss, loss_ce, right, w, above = sums[1:] / sums[0]
-    line = {"lr": optimizer.param_groups[0]["lr"], "loss": loss, "loss_ce": loss_ce,
+    group = optimizer.param_groups[0]  # every group's rate is the same share of its peak
+    line = {"lr": args.lr * group["lr"] / group["peak"], "loss": loss, "loss_ce": loss_ce,
             "train_accuracy": 100 * right, "w_mean": w, "w_above_half": above}  # fmt: skip
     note = {"classnames": task.classnames, "template": task.template}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
         found = tuned_logits(args, clip, learner, task.validation()[0])
         line["val_accuracy"] = common.evaluate(*found)["accuracy"]
     if args.select == "val":
-        earlier = [line["val_accuracy"] for line in common.read_metrics(out)[:epoch]]
+        earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
         if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
             common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
     common.end_epoch(out, epoch, learner, optimizer, line, **note)
@@ -489,8 +493,8 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
-            mixed = tuned_logits(args, clip, mixture, frozen.test)
-            row["extra"][f"wise-ft {A:g}"] = common.evaluate(*mixed)
+            found_by_it = tuned_logits(args, clip, mixture, frozen.test)
+            row["extra"][f"wise-ft {A:g}"] = common.evaluate(*found_by_it)
     return found
 
 
@@ -506,10 +510,10 @@ def mix_weights(clip: Clip, learner: PromptedClassifier, A: float) -> PromptedCl
 
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptedClassifier:
-    """The tuned encoder and classifier of a run folder."""
+    """The tuned encoder and classifier of a run folder: the ones whose figures it reports."""
     config = common.read_run(folder)
     learner = PromptedClassifier(clip, config["classnames"], config["template"], args.head)
-    common.load_checkpoint(folder, learner)
+    common.load_checkpoint(Path(folder, "best" if args.select == "val" else ""), learner)
     return learner.eval()
 
 
@@ -527,7 +531,11 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
 
 # 6. MAIN ------------------------------------------------------------------------------------------
 def check_task(args: argparse.Namespace, task: data.Task) -> None:
-    """UserError where the flags do not fit the data."""
+    """UserError where the flags do not fit the data, or each other."""
+    share = args.loss != "kd" or args.alpha <= 1
+    require(share, f"--alpha {args.alpha}: with --loss kd it is a share, from 0 to 1")
+    least = min(args.batch_size, len(task.train))
+    require(least >= processes()[1], f"{processes()[1]} processes for {least} images a batch")
     if not args.eval and (args.select == "val" or args.eval_every):
         task.validation()
     trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames

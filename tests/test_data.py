@@ -194,7 +194,7 @@ WRONG_SPLITS = {
     "labels must be 0, 1, 2": lambda s: json.dumps(
         {part: [[p, y + 1, c] for p, y, c in rows] for part, rows in s.items()}
     ),
-    "trained and tested on": lambda s: json.dumps(s | {"test": s["train"]}),
+    "are one image: remove one": lambda s: json.dumps(s | {"test": s["train"]}),
 }
 
 
@@ -335,7 +335,7 @@ def test_too_few_images(n, tmp_path):
 
 def test_one_class_and_small_halves(tmp_path):
     photos(tmp_path / "one", ["cat"])
-    with pytest.raises(UserError, match="has one class, .'cat'.: two are needed"):
+    with pytest.raises(UserError, match="there is one class, .'cat'.: two are"):
         read(f"folder:{tmp_path}/one")
     photos(tmp_path / "three", ["cat", "dog", "owl"])
     with pytest.raises(UserError, match="3 classes have no base and new half"):
@@ -361,7 +361,7 @@ def test_one_image_under_two_paths(tmp_path):
     """Links are followed: never trained and tested on; two labels are a note."""
     photos(tmp_path / "a", n=3, parts=("train", "test"))
     (tmp_path / "a/test/cat/link.png").symlink_to(tmp_path / "a/train/cat/train0.png")
-    with pytest.raises(UserError, match="is to be trained and tested on: remove one"):
+    with pytest.raises(UserError, match="are one image: remove one"):
         read(f"folder:{tmp_path}/a")
     photos(tmp_path / "b", n=3, parts=("train", "test"))
     (tmp_path / "b/train/dog/link.png").symlink_to(tmp_path / "b/train/cat/train0.png")
@@ -374,7 +374,7 @@ def test_one_image_in_two_classes_of_our_split(tmp_path):
     photos(tmp_path, n=30)
     for i in range(15):
         (tmp_path / f"dog/link{i}.png").symlink_to(tmp_path / f"cat/{i}.png")
-    with pytest.raises(UserError, match="is to be trained and tested on: remove one"):
+    with pytest.raises(UserError, match="are one image: remove one"):
         read(f"folder:{tmp_path}")
     found = data.find(f"folder:{tmp_path}", arguments(f"folder:{tmp_path}"))
     (note,) = [note for note in found.notes if "under several paths" in note]
@@ -388,9 +388,27 @@ def test_class_that_is_called_as_a_part(tmp_path):
 
 
 def test_link_loops_end(tmp_path):
-    photos(tmp_path, n=5)
-    (tmp_path / "cat/again").symlink_to(tmp_path)
-    assert len(read(f"folder:{tmp_path}").parts["train"]) == 4
+    photos(tmp_path / "a", n=5)
+    (tmp_path / "a/cat/again").symlink_to(tmp_path / "a")
+    assert len(read(f"folder:{tmp_path}/a").parts["train"]) == 4
+    photos(tmp_path / "b", ["a", "b", "c"], n=5)
+    for one, other in ("ab", "ac", "ba", "bc", "ca", "cb"):
+        (tmp_path / f"b/{one}/see_{other}").symlink_to(tmp_path / "b" / other)
+    found = data.find(f"folder:{tmp_path}/b", arguments(f"folder:{tmp_path}/b"))
+    assert any("are there under several paths" in note for note in found.notes)
+
+
+def test_other_test_sets_that_are_wrong(tmp_path):
+    photos(tmp_path / "a", n=10)
+    photos(tmp_path / "a/ood/night", ["cats"], n=2)
+    with pytest.raises(UserError, match="class 'cats' has no training image"):
+        read(f"folder:{tmp_path}/a")
+    photos(tmp_path / "b", n=10)
+    make_data.image(tmp_path / "b/OOD/night/1.png")
+    with pytest.raises(UserError, match="OOD/night/1.png'.: expected are ood/NAME/CLASS"):
+        read(f"folder:{tmp_path}/b")
+    with pytest.raises(UserError, match="has no domains: leave out --train-domain"):
+        read(f"folder:{tmp_path}/a", test_domain=["night"])
 
 
 def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
@@ -533,9 +551,11 @@ def test_damaged_exif_does_not_cost_the_photo(tmp_path):
 
 def test_images_that_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 7, np.float32)).save(tmp_path / "range.tif")
+    Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "dark.tif")
     Image.new("1", (30000, 1)).save(tmp_path / "thin.png")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for name, text in (("range.tif", "scale them"), ("thin.png", "200 times"), ("empty.jpg", "")):
+    faults = {"range.tif": "scale floats", "dark.tif": "scale floats", "thin.png": "200 times"}
+    for name, text in (faults | {"empty.jpg": ""}).items():
         with pytest.raises(UserError, match=f"{tmp_path}/{name}: .*{text}"):
             data.read_image(str(tmp_path / name))
 
@@ -549,9 +569,14 @@ def test_copies_are_found_by_content(tmp_path):
     (tmp_path / "train/cat/train2.png").write_bytes(b"no image")
     name = f"folder:{tmp_path}"
     found = data.find(name, arguments(name))
-    faults = found.faults + data.check_images(found)
-    assert len(faults) == 3 and "'owl' has no training image" in faults[0]
-    assert "train2.png" in faults[1] and "cat/train0.png: trained on, and a copy is" in faults[2]
+    (tmp_path / "train/cat/dangling.png").symlink_to("nothing")
+    found = data.find(name, arguments(name))
+    data.check_images(found)
+    assert len(found.faults) == 4 and "'owl' has no training image" in found.faults[0]
+    assert "train0.png, trained on, and " in found.faults[1] and "other.png" in found.faults[1]
+    assert {"train2.png", "dangling.png"} == {
+        os.path.basename(f.split(":")[0]) for f in found.faults[2:]
+    }
     text = "2 images are there as copies, 1 of them in two classes, 1 in two parts"
     assert text in found.notes
 
@@ -599,6 +624,8 @@ def test_command_checks_images(tmp_path, capsys):
     assert "all images can be read" in capsys.readouterr().out
     for name in ("cat/3.png", "dog/4.png"):
         (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match="name one --dataset for this"):
+        data.main(["--check-images"])
     with pytest.raises(UserError, match="2 faults, named above"):
         data.main(["--dataset", f"folder:{tmp_path}", "--check-images"])
     out = capsys.readouterr().out
@@ -612,7 +639,8 @@ def test_command_checks_images(tmp_path, capsys):
         (FloatingPointError("not finite"), 1, "error: not finite"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left", "/a/b"), 1, "error: /a/b: No space left"),
-        (FileNotFoundError(2, "No such file", "/a/b"), 2, "error: /a/b: No such file"),
+        (FileNotFoundError(2, "No such file", "/torch_a/b"), 2, "error: /torch_a/b: No such file"),
+        (OSError("no name or number"), 2, "error: no name or number"),
         (RuntimeError("unable to open shared memory object"), 2, "--workers 0, or docker"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
     ],

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_clip
 
 import common
 import data
@@ -234,6 +235,27 @@ def test_selecting_on_validation_images(monkeypatch):
     test = data.load_task(args).tests[0]
     logits, labels = proreg.tuned_logits(args, clip, learner, test)
     assert common.evaluate(logits, labels) == result["tests"][0]["tuned"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        again = proreg.main(["--eval", "here", "--out-dir", "again"])
+    assert tuned(again) == tuned(result)  # of the best epoch, too
+
+
+def test_weights_lie_as_the_fused_optimizer_reads_them():
+    """ResNets are channels-last; moments that were read from a checkpoint are not."""
+    clip = tiny_clip()
+    clip.model.visual.to(memory_format=torch.channels_last)
+    learner = proreg.PromptedClassifier(clip, ["cat", "dog"], "a photo of a {}.")
+    assert not all(p.is_contiguous() for p in clip.model.visual.parameters())
+    assert all(p.is_contiguous() for p in learner.parameters())
+
+
+def test_flags_that_do_not_fit():
+    for flags, text in (
+        ("--loss kd --alpha 2", "--alpha 2.0: with --loss kd it is a share"),
+        ("--head mlp --wise-ft 0.5", "--head mlp has no prompt"),
+    ):
+        with pytest.raises(data.UserError, match=text):
+            run(proreg, *flags.split())
 
 
 def proreg_learner(folder: str):
