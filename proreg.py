@@ -191,9 +191,9 @@ class PromptedClassifier(nn.Module):
         self, clip: Clip, classnames: list[str], template: str, head: str = "text", seed: int = 1
     ):
         super().__init__()
-        visual = copy.deepcopy(clip.model.visual).requires_grad_(True)
         # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
-        self.visual = visual.to(memory_format=torch.contiguous_format)
+        visual = copy.deepcopy(clip.model.visual).to(memory_format=torch.contiguous_format)
+        self.visual = visual.requires_grad_(True)
         self.classnames = classnames  # of the classifier's rows
         self.template = template
         self.cls_head = None
@@ -308,8 +308,8 @@ def join_processes(args: argparse.Namespace) -> None:
         torch.cuda.set_device(args.device)
     if not dist.is_initialized():
         # The others wait while the first evaluates, which may take long.
-        backend, timeout = "nccl" if args.device != "cpu" else "gloo", datetime.timedelta(days=1)
-        dist.init_process_group(backend, timeout=timeout)
+        backend = "nccl" if args.device != "cpu" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -356,18 +356,21 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     groups = parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay)
     # WHY fused: one kernel for all parameters, and no number is read on the way.
     optimizer = torch.optim.AdamW(groups, args.lr, tuple(args.betas), eps=1e-8, fused=True)
-    first = common.resume(out, learner, optimizer)
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
     batches = training_stream(args, clip, task)
-    for epoch in range(first, args.epochs):
+    for epoch in range(common.resume(out, learner, optimizer), args.epochs):
         order = torch.randperm(len(task.train), generator=data.generator(args.seed, "order", epoch))
         # The last batch may be smaller, and is kept, as released.
         order = order.split(args.batch_size)[: args.max_steps or None]
-        hidden = True if processes()[0] > 0 else None  # None: where stderr is no terminal
-        progress = tqdm(order, f"{out.name} {epoch + 1}/{args.epochs}", leave=False, disable=hidden)
-        sums = torch.zeros(6, device=clip.device)
+        progress = tqdm(
+            order,
+            f"{out.name} {epoch + 1}/{args.epochs}",
+            leave=False,
+            disable=processes()[0] > 0 or None,  # None: where stderr is no terminal
+        )
+        sums = next(learner.parameters()).new_zeros(6)
         for i, (batch, parts) in enumerate(zip(progress, batches(epoch, order))):
             share = warmup_linear(epoch * len(order) + i, args.epochs * len(order), args.warmup)
             for group in optimizer.param_groups:
@@ -383,7 +386,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
             # Eq. 7
             scaler.step(optimizer)
             scaler.update()
-        end_epoch(args, clip, task, out, epoch, learner, optimizer, sums)
+        end_epoch(args, clip, task, out, epoch, learner, optimizer, share, sums)
     if args.select == "val" and processes()[0] == 0:
         common.load_checkpoint(out / "best", learner)
     return learner
@@ -401,8 +404,8 @@ def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Ca
 
     def batches(epoch: int, order: tuple[Tensor, ...]) -> Iterator:
         view = epoch % args.views if args.views else epoch
-        shares = [batch[rank::world].chunk(args.accumulate) for batch in order]
-        shares = [[part for part in share if len(part)] for share in shares]
+        chunks = [batch[rank::world].chunk(args.accumulate) for batch in order]
+        shares = [[part for part in share if len(part)] for share in chunks]
         parts[:] = [(part + view * len(images)).tolist() for share in shares for part in share]
         loaded = iter(loader)
         for share in shares:
@@ -440,15 +443,15 @@ def add_gradients(learner: PromptedClassifier) -> None:
         parameter.grad = grad.view_as(parameter)
 
 
-def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, sums) -> None:
-    """Write the epoch's line, a checkpoint and, with --select val, the best weights so far."""
+def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, share, sums) -> None:
+    """Write the epoch's line, a checkpoint and, with --select val, the best weights so far. share:
+    of the peak rate, at its last step."""
     if processes()[1] > 1:
         dist.all_reduce(sums)
     if processes()[0] > 0:
         return
     loss, loss_ce, right, w, above = sums[1:] / sums[0]
-    group = optimizer.param_groups[0]  # every group's rate is the same share of its peak
-    line = {"lr": args.lr * group["lr"] / group["peak"], "loss": loss, "loss_ce": loss_ce,
+    line = {"lr": args.lr * share, "loss": loss, "loss_ce": loss_ce,
             "train_accuracy": 100 * right, "w_mean": w, "w_above_half": above}  # fmt: skip
     note = {"classnames": task.classnames, "template": task.template}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
@@ -468,9 +471,8 @@ def class_logits(
 ) -> Tensor:
     """Logits [N, C] of features x [N, D] of the tuned encoder: by the learned classifier if it has
     all of the names, else by their prompts, to see what the encoder has forgotten."""
-    own = learner.classnames
-    if set(classnames) <= set(own):
-        return learner(x)[:, [own.index(name) for name in classnames]]
+    if set(classnames) <= set(learner.classnames):
+        return learner(x)[:, [learner.classnames.index(name) for name in classnames]]
     return learner(x, common.prompt_features(clip, classnames, template))
 
 
@@ -493,8 +495,9 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
-            found_by_it = tuned_logits(args, clip, mixture, frozen.test)
-            row["extra"][f"wise-ft {A:g}"] = common.evaluate(*found_by_it)
+            row["extra"][f"wise-ft {A:g}"] = common.evaluate(
+                *tuned_logits(args, clip, mixture, frozen.test)
+            )
     return found
 
 
@@ -532,16 +535,16 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
 # 6. MAIN ------------------------------------------------------------------------------------------
 def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data, or each other."""
-    share = args.loss != "kd" or args.alpha <= 1
-    require(share, f"--alpha {args.alpha}: with --loss kd it is a share, from 0 to 1")
-    least = min(args.batch_size, len(task.train))
-    require(least >= processes()[1], f"{processes()[1]} processes for {least} images a batch")
+    require(args.loss != "kd" or args.alpha <= 1, "--alpha of --loss kd is a share: 1 at most")
+    require(processes()[1] <= min(args.batch_size, len(task.train)), "too small batches to share")
     if not args.eval and (args.select == "val" or args.eval_every):
         task.validation()
     trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
-    prompts = args.wise_ft or any(set(test.classnames) - set(trained) for test in task.tests)
-    known = args.head == "text" or not prompts
-    require(known, "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on")
+    unseen = any(set(test.classnames) - set(trained) for test in task.tests)
+    require(
+        args.head == "text" or not (args.wise_ft or unseen),
+        "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on",
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -556,8 +559,8 @@ def main(argv: list[str] | None = None) -> dict:
     out = Path(args.resume or os.devnull)  # the other processes read a checkpoint, and write none
     encoded = []
     if processes()[0] == 0:
-        against = "fine-tuning and " * compare
-        out = common.open_run(args, task, clip, f"{method} against {against}zero-shot")
+        against = "fine-tuning and " * compare + "zero-shot"
+        out = common.open_run(args, task, clip, f"{method} against {against}")
         encoded = common.encode_tests(args, clip, task.tests)
     baseline = None
     if compare:

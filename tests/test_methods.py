@@ -251,7 +251,7 @@ def test_weights_lie_as_the_fused_optimizer_reads_them():
 
 def test_flags_that_do_not_fit():
     for flags, text in (
-        ("--loss kd --alpha 2", "--alpha 2.0: with --loss kd it is a share"),
+        ("--loss kd --alpha 2", "--alpha of --loss kd is a share: 1 at most"),
         ("--head mlp --wise-ft 0.5", "--head mlp has no prompt"),
     ):
         with pytest.raises(data.UserError, match=text):
