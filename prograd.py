@@ -36,8 +36,8 @@ image), moving away from it is just what learning needs; hence λ < 1 with many 
 
 PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Prompt-align at
 1b76203, is followed)
- 1. λ: the paper has 1, and 0.8 at 16 shots; the code's README 0.8 at 8 and 16 shots on Flowers102,
-    DTD and EuroSAT, which --paper applies.
+ 1. λ: the paper has 1, and 0.8 at 16 shots. The code's README, which --paper follows, has 0.8 at 8
+    and 16 shots on Flowers102, DTD and EuroSAT, and else 1.
  2. Context length: the paper has M = 16 for few-shot, 4 for its other protocols; the code's scripts
     have 16 everywhere.
  3. Start: the code puts the template's words into the last of the M slots and zero vectors before;
@@ -48,14 +48,15 @@ PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Pr
     an ordinary token that is not learned; here all 9 are context.
  5. L_kl in the code is Eq. 3: KL(p_zs | p) and the teacher's entropy, times T²; the entropy has no
     gradient. Eq. 5 does not depend on the size of g_g, so that the factor T² matters for --rule add
-    and for the logged loss alone.
+    and for the logged loss alone. (T itself matters: it changes the direction of g_g.)
  6. The code projects each parameter tensor by itself. There is one, the context, also with --csc.
- 7. At g_g = 0 the code divides by zero. Here g = g_d.
+    A context for each class that starts at the template is ours; all classes start alike.
+ 7. Precision: the code's context, gradients and projection are fp16. Here they are fp32.
  8. The paper's ProGrad++ has no released code. Here --teacher ensemble averages the unit text
     features of OpenAI's 80 templates for ImageNet (toyclip: of its captions' templates).
 
     python prograd.py                                                # toy world, toy CLIP
-    python prograd.py --dataset oxford_pets --shots 16 --paper       # the paper's few-shot protocol
+    python prograd.py --dataset oxford_pets --shots 16 --paper       # the code's few-shot protocol
     python prograd.py --dataset dtd --classes base --shots 4 --paper # base-to-new
     python prograd.py --dataset folder:my_photos --model ViT-B-16 --pretrained openai
 """
@@ -156,7 +157,8 @@ def with_contexts(context: Tensor, names: Names) -> Names:
 
 
 def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int) -> Tensor:
-    """[M, W]: the template's tokens in the last slots and zeros before; or N(0, 0.02²)."""
+    """[M, W]: the tokens of the template's words before {}, if there are any, else of "a photo of
+    a", in the last slots, and zeros before; or N(0, 0.02²)."""
     if init == "random":
         noise = torch.randn(n_ctx, clip.width, generator=data.generator(seed, "context"))
         return 0.02 * noise.to(common.start_of_text(clip))
@@ -168,10 +170,10 @@ def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int)
 
 def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) -> Tensor:
     """Zero-shot CLIP's unit text features [C, D], of one template or of many (ProGrad++)."""
-    many = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
-    if clip.name == "toyclip":  # it knows few words
-        many = data.world.CAPTION_TEMPLATES
-    templates = many if args.teacher == "ensemble" else [task.teacher_template]
+    if args.teacher == "template":
+        return common.zero_shot_classifier(clip, task.classnames, [task.teacher_template])
+    openai = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]  # toyclip lacks their words
+    templates = data.world.CAPTION_TEMPLATES if clip.name == "toyclip" else openai
     return common.zero_shot_classifier(clip, task.classnames, templates)
 
 
@@ -182,7 +184,7 @@ SETTINGS = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature":
             "weight_decay": 5e-4}
 # The paper's base-to-new protocol, 4 shots. Its rate of 0.002 belongs to CLIP's logit scale of 100;
 # toyclip's is 21. As many steps as the paper's runs take, see defaults.
-TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip", "classes": "base",
+TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip",
                   "shots": 4, "lr": 0.01, "augment": "none", "views": 1, "compare": True}
 PAPER = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "lr": 0.002,
                     "augment": "crop", "views": 0, "compare": False}
@@ -192,8 +194,10 @@ PAPER = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "
 def defaults(run: dict) -> dict:
     """The settings of a run on this dataset with so many shots, where no flag says otherwise."""
     if run["dataset"].startswith("toy_"):
-        # 100, 200, 400, 1,200, 2,400 steps on 12 classes: about the paper's, with 24 to 50 classes.
-        return TOY | {"epochs": {1: 100, 2: 200}.get(run.get("shots", 4), 400)}
+        # 100, 200, 400, 1,200, 2,400 steps on 12 classes. The paper's runs on 24 to 50 classes take
+        # 50, 100 to 300, 300 to 600, 1,200 to 2,400, 2,400 to 5,000.
+        epochs = {1: 100, 2: 200}.get(run.get("shots", 4), 400)
+        return TOY | {"epochs": epochs, "classes": "all" if run.get("csc") else "base"}
     shots = run.get("shots", 16)
     settings = PAPER | {"epochs": {1: 50, 2: 100, 4: 100}.get(shots, 200)}
     if run.get("paper") and run["dataset"] == "imagenet":
@@ -207,7 +211,7 @@ FLAGS = {
     "--lam": {"type": float, "metavar": "λ", "help": "of Eq. 5; 0 = CoOp; < 1 with many shots"},
     "--rule": {"choices": ["project", "add"], "help": "Eq. 5, or g_d + λ g_g: CE + λ·KL"},
     "--teacher": {"choices": ["template", "ensemble"], "help": "one prompt, or ProGrad++"},
-    "--temperature": {"type": float, "metavar": "T", "help": "of Eq. 3; matters with --rule add"},
+    "--temperature": {"type": float, "metavar": "T", "help": "of Eq. 3; more = softer predictions"},
     "--n-ctx": {"type": int, "metavar": "M", "help": "context tokens; fewer for new classes"},
     "--init": {"choices": ["template", "random"], "help": "its words, or N(0, 0.02²)"},
     "--csc": {"action": "store_true", "help": "a context for each class, and no new classes"},

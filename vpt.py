@@ -19,7 +19,7 @@ Equations (numbered by this file: the paper could not be read in full)
     Eq. 6   L_task = mean over the batch of -log p(y | x)               --bound log-mean   task loss
             L_task = mean over the batch of -1/L sum_l log p(y | x, r_l)     --bound elbo
     Eq. 7   v, q <- SGD(L_task + β KL), with momentum, and weight decay on all of v and q   the step
-    Eq. 8   E = entropy of p(. | x),   I = E - 1/L sum_l entropy of p(. | x, r_l)        uncertainty
+    Eq. 8   E = entropy of p(. | x),  MI = E - 1/L sum_l entropy of p(. | x, r_l)        uncertainty
 
     paper        here                              shape        flag
     p            PromptDistribution.context (v)    [M, W]       --ctx-init
@@ -35,7 +35,7 @@ Frozen: both encoders of CLIP. Learned: v and q. Why it helps: noise on the prom
 fitting details of the training images. When it does not help: in training too short for CoOp to
 overfit; where one systematic move away from CLIP is needed, which noise blurs; and with one or two
 samples (a reproduction of the released global posterior found its accuracy collapse there).
-Uncertainty: E is high for an ambiguous image, I where the prompts disagree about it.
+Uncertainty: E is high for an ambiguous image, MI where the prompts disagree about it.
 
 The baseline is --samples 0. Global: r = 0, exactly CoOp with M = 4. Image: r = μ(x), which we call
 CoCoOp-like: CoCoOp adds a network's output to its context, too, but of two layers with ReLU (D,
@@ -48,19 +48,20 @@ github.com/saic-fi/Bayesian-Prompt-Learning, is followed)
  2. KL: the paper's is a sum over dimensions with weight 1; the code takes the mean, times 0.001.
     The paper's is --kl-weight 512 where tokens have W = 512 entries (ViT-B/16, RN50), with
     --bound elbo.
- 3. The code's std_posterior is a log-variance, drawn from Uniform[0, 1]: σ starts at 1 to 1.65 and
-    hardly moves, as so small a KL weight pulls at it very little. The entries of CLIP's tokens have
-    a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the context, and what
-    is learned is what works in spite of it. --residual-scale u is ours; 1 is the released code. The
-    KL is that of r, before u.
+ 3. The code's std_posterior is a log-variance. That of the global posterior is drawn from
+    Uniform[0, 1]: σ starts at 1 to 1.65 and hardly moves, as weight decay (on all that is learned)
+    and the small KL weight pull at it very little. The entries of CLIP's tokens have a standard
+    deviation of about 0.02, 50 to 80 times less: the noise drowns the context, and what is learned
+    is what works in spite of it. --residual-scale u is ours; 1 is the released code. The KL is that
+    of r, before u.
  4. Image posterior: the paper has two layers with two heads, the code two separate networks of
     three layers, and so do we.
- 5. Batch: the code's image posterior fails for more than one image, and its batches have 1. So has
-    our default on real data, because the learning rate goes with it. Here batches may be larger:
-    the loss is the mean over their images.
- 6. Evaluation noise: the code draws it afresh for each image, unseeded. Here it is drawn once, from
-    the seed, and shared by all images: a prediction depends on nothing but the image, the class
-    names and the run.
+ 5. Batch: the code's image posterior is wrong for more than one image, and its batches have 1. So
+    has our default on real data, because the learning rate goes with it. Here batches may be
+    larger: the loss is the mean over their images.
+ 6. Evaluation noise: the code draws it afresh for each image from the global generator, so that a
+    prediction depends on what was drawn before. Here it is drawn once, from the run's seed, and
+    shared by all images: a prediction depends on nothing but the image, class names and the run.
  7. L and epochs differ by dataset in the code (--paper takes them); how they were chosen is
     unknown.
  8. Precision: the code trains in fp16. Here what is learned is always fp32.
@@ -178,7 +179,7 @@ def uncertainty(logits: Tensor) -> tuple[Tensor, Tensor]:
     def entropy(log_prob):
         return -(log_prob.exp() * log_prob).sum(dim=-1)
 
-    # Eq. 8: E = entropy of the mean,   I = E - mean of the entropies: negative by rounding only
+    # Eq. 8: E = entropy of the mean,   MI = E - mean of the entropies: negative by rounding only
     total = entropy(log_mean_prob(logits))
     within = entropy(logits.log_softmax(dim=-1)).mean(dim=0)
     return total, (total - within).clamp(min=0)
@@ -278,7 +279,7 @@ def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Te
 # fmt: off
 SETTINGS = {"posterior": "global", "samples": 10, "kl_weight": 0.001, "bound": "log-mean",
             "ctx_init": "a photo of a", "batch_size": 1, "momentum": 0.9, "weight_decay": 5e-4}
-# As in prograd.py; the noise is 20 times a toyclip token's entries, the paper's 50 to 80 times.
+# As in prograd.py; the noise is 20 to 30 times a toyclip token's entries, the paper's 50 to 80.
 TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip", "classes": "base",
                   "shots": 4, "lr": 0.02, "epochs": 40, "residual_scale": 4.0, "augment": "none",
                   "views": 1, "compare": True}
@@ -305,7 +306,7 @@ FLAGS = {
     "--posterior": {"choices": ["global", "image"], "help": "Eq. 2: one q(r), or one an image"},
     "--samples": {"type": int, "metavar": "L", "help": "5 or more; 0 = the deterministic base"},
     "--residual-scale": {"type": float, "metavar": "U", "help": "u of Eq. 1, the noise's size"},
-    "--kl-weight": {"type": float, "metavar": "β", "help": "of Eq. 7; W with --bound elbo"},
+    "--kl-weight": {"type": float, "metavar": "β", "help": "of Eq. 7; for the paper's elbo type W"},
     "--bound": {"choices": ["log-mean", "elbo"], "help": "Eq. 6: the code's, or the paper's"},
     "--ctx-init": {"metavar": "WORDS", "help": "where the context starts; their tokens are M"},
     "--momentum": {"type": float, "metavar": "X", "help": "of SGD"},
@@ -388,7 +389,7 @@ def predict(
 ) -> dict[str, Tensor]:
     """Predictions for unit image features x [N, D] among any class names, in bounded memory:
     log-probabilities [N, C] "tuned", averaged over learner.eval_noise, and "mean_residual", with
-    r = μ; "entropy" and "mutual_information" [N], E and I of Eq. 8."""
+    r = μ; "entropy" and "mutual_information" [N], E and MI of Eq. 8."""
     names = common.name_tokens(clip, classnames, len(learner.context))
     n_residuals = 1 + len(learner.eval_noise)
 
@@ -423,8 +424,10 @@ def class_logits(learner: PromptDistribution, clip: Clip, classnames: list[str],
 
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptDistribution:
-    """The trained distribution of a run folder, ready for any class names."""
-    learner = new_learner(args, clip, initial_context(clip, args.ctx_init))
+    """The trained distribution of a run folder, ready for any class names. (`args` is for the other
+    files' functions of this name.)"""
+    trained = argparse.Namespace(**common.read_run(folder)["settings"])  # its seed is of its noise
+    learner = new_learner(trained, clip, initial_context(clip, trained.ctx_init))
     common.load_checkpoint(folder, learner)
     return learner
 

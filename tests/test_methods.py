@@ -63,7 +63,7 @@ def test_prograd_variants():
 
 
 def test_csc():
-    result = run(prograd, "--csc", "--classes", "all", "--out-dir", "csc", "--shots", "1")
+    result = run(prograd, "--csc", "--out-dir", "csc", "--shots", "1")
     assert checkpoint("csc")["model/context"].shape == (24, 16, 64)
     again = run(prograd, "--eval", "csc")
     assert again["tests"] == result["tests"]
@@ -157,6 +157,8 @@ def test_vpt_runs():
     assert set(image["tests"][0]["extra"]) == {"mean_residual"}
     elbo = run(vpt, "--bound", "elbo", "--kl-weight", "64", "--samples", "2", "--shots", "1")
     assert elbo["tests"][0]["tuned"] != image["tests"][0]["tuned"]
+    again = run(vpt, "--eval", "runs/vpt-toy_fillshapes_sketch-1shot-seed1", "--seed", "2")
+    assert again["tests"] == image["tests"]  # the noise belongs to the run
     with pytest.raises(UserError, match="--ctx-init is empty"):
         run(vpt, "--ctx-init", " ")
 
