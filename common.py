@@ -33,6 +33,9 @@ from data import UserError, read_json, require, run, write  # noqa: F401
 
 CLIP_FLAGS = ("model", "pretrained", "device", "precision", "memory_gb")
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
+VERSIONS = {
+    name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
+}
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
 
 
@@ -76,6 +79,8 @@ def load_clip(
         with warnings.catch_warnings(action="ignore"):
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
+    except UserError:
+        raise
     except Exception as error:  # open_clip, the hub and torch raise many kinds
         raise UserError(f"cannot load {model}: {str(error)[:300]}") from error
     finally:
@@ -130,6 +135,8 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
         state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
     except RuntimeError:  # no archive; what follows reads with weights_only
         state, archive = open_clip.factory.load_state_dict(path), False
+    tensors = state and all(isinstance(value, Tensor) for value in state.values())
+    require(tensors, f"{path} holds no weights of a CLIP")
     foreign = any(key.startswith(("text_model.", "vision_model.")) for key in state)
     require(not foreign, f"{path} is in transformers' format: name a file in open_clip's, or a tag")
     no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -146,10 +153,14 @@ def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str
 
 def fingerprint(net: torch.nn.Module) -> str:
     """Hash of all tensors: which CLIP a run belongs to, wherever its file lies."""
-    digest = hashlib.sha1()
+    digest = hashlib.sha1(activation(net).encode())
     for name, value in sorted(net.state_dict().items()):
         digest.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def activation(net: torch.nn.Module) -> str:
+    return "QuickGELU" if "QuickGELU" in repr(net) else "GELU"
 
 
 @torch.no_grad()
@@ -200,7 +211,7 @@ def token_ids(clip: Clip, text: str, room: int) -> list[int]:
     ids = [*clip.tokenizer.encode(text.replace("_", " ")), clip.tokenizer.eot_token_id]
     require(
         len(ids) <= room,
-        f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or lower --n-ctx",
+        f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or the context",
     )
     if clip.name == "toyclip":  # the row of a word that training never touched is zero
         seen = text_tower(clip.model).token_embedding.weight[ids].any(dim=1)
@@ -306,11 +317,9 @@ def encode_prompts(clip: Clip, prefix: Tensor, names: Names) -> Tensor:
     floats = 35 * len(tower.transformer.resblocks) if gradients else 40
     alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))  # rows that fit
     r, g = min(R, alive), min(G, max(1, alive // R))
-    encode = encode_rows
-    if gradients and (r < R or g < G):
-        encode = functools.partial(
-            checkpoint, encode_rows, use_reentrant=False, preserve_rng_state=False
-        )
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    twice = functools.partial(checkpoint, encode_rows, **again)
+    encode = twice if gradients and (r < R or g < G) else encode_rows
     pieces = list(zip(names.rows.split(r), names.mask.split(r), names.eot.split(r)))
     parts = [[encode(tower, some, *piece) for piece in pieces] for some in prefix.split(g)]
     ends = torch.cat([torch.cat(row, dim=1) for row in parts])  # [G, R, K, W]
@@ -324,9 +333,8 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
     """Each of r rows behind each of g prefixes through the transformer → what stands where the
     texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], eot [r, K]."""
     g, P, W = prefix.shape
-    r, S, _ = rows.shape
-    start = (prefix + tower.positional_embedding[:P])[:, None].expand(g, r, P, W)
-    x = torch.cat([start, rows.expand(g, r, S, W)], dim=2).flatten(0, 1)  # [g·r, P + S, W]
+    start = (prefix + tower.positional_embedding[:P])[:, None].expand(-1, len(rows), -1, -1)
+    x = torch.cat([start, rows.expand(g, -1, -1, -1)], dim=2).flatten(0, 1)  # [g·r, P + S, W]
     mask = mask.expand(g, *mask.shape).flatten(0, 1)
     ends = eot.expand(g, *eot.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
     for block in tower.transformer.resblocks:
@@ -337,10 +345,10 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
         mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if block is tower.transformer.resblocks[-1]:  # of the last layer only the ends are read
             x, mixed = x.gather(1, ends), mixed.gather(1, ends)
-        # ls_1, ls_2: layer scale, where there is one
-        x = x + getattr(block, "ls_1", torch.nn.Identity())(attend.out_proj(mixed))
-        x = x + getattr(block, "ls_2", torch.nn.Identity())(block.mlp(block.ln_2(x)))
-    return tower.ln_final(x).unflatten(0, (g, r))
+        # ls_1, ls_2: layer scale, or the identity
+        x = x + block.ls_1(attend.out_proj(mixed))
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return tower.ln_final(x).unflatten(0, (g, -1))
 
 
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
@@ -376,11 +384,13 @@ def feature_key(clip: Clip, items: list, transform: Callable, seed: int, view: i
     """A file name: hash of all that decides features (model, weights, precision, device, versions,
     transform, draw, and of each file what an exchanged one cannot keep: inode, time of change)."""
     draw = [seed, view] if transform is not clip.preprocess else []  # the test transform draws none
-    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, versions(), draw]
-    parts += [repr(transform), Path(data.world.__file__).read_text(encoding="utf-8")]
-    for path, _ in items:  # toy images are no files
-        status = os.stat(path) if os.path.exists(path) else os.stat(data.__file__)
-        parts.append([path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns])
+    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, draw]
+    parts += [repr(transform), *(Path(m.__file__).read_text("utf-8") for m in (data, data.world))]
+    for path, _ in items:
+        parts.append(path)
+        if os.path.exists(path):  # toy images are no files
+            status = os.stat(path)
+            parts += [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
 
 
@@ -390,7 +400,7 @@ def training_views(args: argparse.Namespace, clip: Clip, items: list[data.Item])
     transform = data.train_transform(clip.preprocess, args.augment)
     views = 1 if args.augment == "none" else args.views
 
-    @functools.lru_cache(maxsize=None if views else 1)
+    @functools.lru_cache(maxsize=views)
     def encode(view: int):
         x, labels = encode_images(clip, items, transform, args, view, cache=views > 0)
         return F.normalize(x, dim=-1), labels
@@ -500,7 +510,8 @@ DEFAULTS = {
     "device": "cuda" if torch.cuda.is_available() else "cpu", "cache_dir": "cache",
 }
 # What numbers can be; of other flags 0 or more.
-RANGES = dict.fromkeys(["momentum", "warmup", "ensemble", "wise_ft", "betas"], (0, 1))
+RANGES = dict.fromkeys(["momentum", "warmup", "ensemble", "wise_ft"], (0, 1))
+RANGES["betas"] = (0, 0.999999)
 RANGES |= dict.fromkeys(["epochs", "batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9))
 RANGES |= dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_factor"], (1e-9, 1e9))
 # How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
@@ -508,7 +519,7 @@ RANGES |= dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_fac
 EARLIER = {
     "anew": {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"},
     "trained": {"memory_gb", "precision", "compare", "eval_every"},
-    "moved": {"data_root", "pretrained"},
+    "moved": {"data_root", "pretrained", "memory_gb"},
     "tested": {"dataset", "shots", "seed", "classes", "test_on", "test_part", "template",
                "train_domain", "test_domain", "ensemble", "wise_ft"},
 }
@@ -534,7 +545,8 @@ def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> da
             group.add_argument(option, **details)
     for action in parser._actions:
         if action.dest in kinds[0] and not action.help.endswith("]"):
-            toy, other = (str(kind.get(action.dest) or "none") for kind in kinds)
+            values = [kind.get(action.dest) for kind in kinds]
+            toy, other = ("none" if value in (None, []) else str(value) for value in values)
             action.help += f" [{toy}]" if toy == other else f" [toy {toy}, else {other}]"
     return parser
 
@@ -552,17 +564,20 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     stored = stored_settings(typed, method)
     first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
-    for key in stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set()):
+    fixed = stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set())
+    for key in fixed if begun(args.resume or args.eval) else ():
         text = f"{args.resume or args.eval} has {flag(key)} {stored[key]}: leave {flag(key)} out"
         require(vars(args)[key] == stored[key], text)
     if args.model == "toyclip" and "pretrained" not in first:  # also on your own images
         args.pretrained = None
+    if ":" in args.model:
+        require("pretrained" not in typed, f"{args.model} has weights of its own: no --pretrained")
+        args.pretrained = None
     for key, value in vars(args).items():
+        low, high = RANGES.get(key, (0, 1e18))
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float):
-                low, high = RANGES.get(key, (0, 1e18))
-                text = f"{flag(key)} {number}: it must be from {low:g} to {high:g}"
-                require(low <= number <= high, text)
+            fits = not isinstance(number, int | float) or low <= number <= high
+            require(fits, f"{flag(key)} {number}: it must be from {low:g} to {high:g}")
     settle_device(args)
     return args
 
@@ -570,6 +585,8 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
 def stored_settings(typed: dict, method: str) -> dict:
     """The settings of the run that --resume goes on with or --eval evaluates; {} without one."""
     folder = typed.get("resume") or typed.get("eval")
+    there = len(typed) > 1 or folder is None or Path(folder).exists()
+    require(there, f"there is no run {folder}; to begin it say on which --dataset")
     if folder is None or ("resume" in typed and not Path(folder, "config.json").exists()):
         return {}
     config = read_run(folder)
@@ -587,6 +604,11 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
     return read_json(path)
+
+
+def begun(folder: str | Path | None) -> bool:
+    """Whether anything was trained in this run folder, or in its baseline's."""
+    return folder is not None and any(Path(folder).rglob("checkpoint.safetensors"))
 
 
 def flag(key: str) -> str:
@@ -613,19 +635,20 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
               "classnames": task.classnames, "template": task.template, "split": task.split,
               "train": task.lines}  # fmt: skip
     earlier = args.eval or args.resume
-    if earlier and Path(earlier, "config.json").exists():
+    if begun(earlier):
         compare_runs(read_run(earlier), config, task, earlier)
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
-    shots = "all images" if args.shots == "all" else f"{args.shots} shots"
+    shots = "all" if args.shots == "all" else f"{args.shots} shots"
+    trained = f"{len(task.train)} training images ({shots}, seed {args.seed})"
+    words = [clip.name, Path(clip.pretrained).name, activation(clip.model), clip.precision]
     tests = [f"{len(test.items)} {test_label(test, task.name)}" for test in task.tests]
     tests[4:] = [f"{len(tests) - 4} more sets"] if len(tests) > 4 else []
     notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes in result.json"]
     print(
         f"{title} on {task.name}: {len(task.classnames)} classes, {task.template!r}",
-        f"model: {clip.name}, {Path(clip.pretrained).name}, {clip.precision} on {clip.device}",
-        f"data: {len(task.train)} training images ({shots}, seed {args.seed})"
-        f"; test: {', '.join(tests)}",
+        f"model: {', '.join(filter(None, words))} on {clip.device}; run: {out}",
+        f"data: {f'trained in {args.eval}' if args.eval else trained}; test: {', '.join(tests)}",
         *(f"note: {note}" for note in notes),
         sep="\n",
     )
@@ -638,7 +661,11 @@ def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
     same = old["weights"] == new["weights"]
     require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
     if new["settings"]["eval"]:
-        seen = data.trained_on(task, old["train"]) if old["settings"]["dataset"] == task.name else 0
+        finished = Path(folder, "result.json").exists()
+        task.notes += [] if finished else [f"{folder} has not finished training"]
+        names = old["settings"]["dataset"], task.name
+        places = {os.path.realpath(name.partition(":")[2] or name) for name in names}
+        seen = data.trained_on(task, old["train"]) if len(places) == 1 else 0
         task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
         return
     for key, what in (("classnames", "class names"), ("train", "training images")):
@@ -651,7 +678,7 @@ def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
     """The run's folder. Runs that start at the same moment get different ones: mkdir decides."""
     if args.resume or args.out_dir:
         out = Path(args.resume or args.out_dir)
-        free = args.resume or not (out / "config.json").exists()
+        free = args.resume or not begun(out)
         require(free, f"{out} holds a run: name another --out-dir, or --resume {out}")
         return out
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
@@ -713,19 +740,16 @@ def end_epoch(
     if bad:
         text = f"{bad[0]} is not finite in epoch {epoch + 1}: the last checkpoint stays"
         raise FloatingPointError(f"{text}; try a smaller --lr")
-    save_checkpoint(out, module, optimizer, epoch=epoch + 1, **note)
+    # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    save_checkpoint(out, module, optimizer, epoch=epoch + 1, **note)
 
 
 def read_metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl; after a kill the last may be of an epoch that is done again."""
     path = out / "metrics.jsonl"
     return list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
 
 
 def write_result(out: Path, args, task, encoded, found, seconds: float, baseline=None) -> dict:
@@ -750,7 +774,7 @@ def write_result(out: Path, args, task, encoded, found, seconds: float, baseline
     write(out / "predictions.npz", buffer.getbuffer())
     result = {"method": args.method, "settings": vars(args), "tests": tests, "split": task.split,
               "harmonic_mean": harmonic_means(tests), "seconds": round(seconds, 2),
-              "versions": versions(), "notes": task.notes}  # fmt: skip
+              "versions": VERSIONS, "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
     return result
 
@@ -758,8 +782,7 @@ def write_result(out: Path, args, task, encoded, found, seconds: float, baseline
 def probabilities(logits: Tensor) -> Tensor:
     """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes 0, so that
     predictions of a thousand classes compress well."""
-    found = torch.cat([part.softmax(dim=-1).half() for part in logits.split(4096)])
-    return found.masked_fill_(found < torch.finfo(torch.float16).tiny, 0)
+    return F.threshold(logits.softmax(dim=-1), torch.finfo(torch.float16).tiny, 0).half()
 
 
 def harmonic_means(tests: list[dict]) -> dict[str, float]:
@@ -808,6 +831,8 @@ def report(result: dict, tests: list[data.Test], out: Path, baseline: str, metho
     for first, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    toy = tests[0].name in data.world.TASKS
-    hint = "the same with --seed 2" if toy else f"python tools/use.py predict {out} IMAGE"
+    run_folder = result["settings"]["eval"] or out
+    hint = f"python tools/use.py predict {run_folder} IMAGE"
+    if tests[0].name in data.world.TASKS:
+        hint = f"the same with --seed {result['settings']['seed'] + 1}"
     print(f"written to {out}", f"try next: {hint}", sep="\n")

@@ -527,7 +527,8 @@ def split_rest(found: Found) -> None:
         parts |= split_items(parts["train"], shares, found)
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text}, the rest {'train' if found.ood else 'test'}")
-        found.faults += [] if parts["test"] else ["too few images to split: 6 a class are needed"]
+        if found.ood and not parts["test"]:
+            found.faults.append("too few images to split: 6 a class are needed")
     if parts["train"]:
         trained = {label for _, label in parts["train"]}
         extra = [cls for label, cls in enumerate(found.classnames) if label not in trained]
@@ -734,7 +735,7 @@ def count_or_all(text: str) -> int | str:
 
 # fmt: off
 FLAGS = {
-    "--dataset": {"metavar": "NAME", "help": "a task of data.py, folder:PATH or domains:PATH"},
+    "--dataset": {"metavar": "NAME", "help": "what data.py lists, folder:PATH or domains:PATH"},
     "--data-root": {"metavar": "DIR", "help": "folder of the datasets"},
     "--shots": {"type": count_or_all, "metavar": "K",
                 "help": "training images a class, or all"},

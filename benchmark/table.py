@@ -98,7 +98,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 # Plots: small SVGs, written by hand ---------------------------------------------------------------
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b"]
+COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
 
 
 def plot(series: dict[str, list[tuple]], x_title: str, y_title: str, log: bool = False) -> str:
@@ -123,7 +123,7 @@ def plot(series: dict[str, list[tuple]], x_title: str, y_title: str, log: bool =
     for y in range(int(low) + 1, int(high) + 1, max(1, int((high - low) / 6))):
         out.append(f'<text x="52" y="{place(left, y)[1] + 4:.1f}" text-anchor="end">{y}</text>')
     for x in sorted(set(xs)) if log else (left, right):
-        out.append(f'<text x="{place(x, low)[0]:.1f}" y="276" text-anchor="middle">{x:g}</text>')
+        out.append(f'<text x="{place(x, low)[0]:.1f}" y="276" text-anchor="middle">{x:.4g}</text>')
     for i, (name, line) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, _ in line)

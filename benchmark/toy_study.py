@@ -225,7 +225,6 @@ def sections() -> list[tuple]:
 
 
 def write_tables() -> None:
-    """tables.md, and pictures."""
     runs = read_runs()
     missing = sum(key(what) not in runs for _, what, _ in study())
     data.require(not missing, f"{missing} runs are not done yet: go on with toy_study.py run")
@@ -236,7 +235,8 @@ def write_tables() -> None:
     for title, methods, columns, base, rival, wanted in sections():
         parts.append(f"\n## {title}")
         parts.append(table.markdown(lines_of(runs, methods, columns, base, rival, **wanted)))
-        found = {title: (select(runs, method=method, **wanted), k) for title, method, k in methods}
+        shown = [("zero-shot", base, "zero_shot"), *methods]
+        found = {title: (select(runs, method=method, **wanted), k) for title, method, k in shown}
         if wanted["part"] == "base to new":
             for name in ("CoOp", "ProGrad", "CE + KL"):
                 shots[name].append((wanted["shots"], *mean_and_error(found[name][0], "H")))

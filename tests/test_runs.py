@@ -165,15 +165,19 @@ def test_stopped_between_epochs(name, monkeypatch):
     kept = common.save_checkpoint
 
     def stop(out, *args, **note):
-        kept(out, *args, **note)
+        if note["epoch"] == 1 or after:
+            kept(out, *args, **note)
         if note["epoch"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "save_checkpoint", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(name, "--resume", "stopped", "--no-compare")
-    monkeypatch.setattr(common, "save_checkpoint", kept)
-    assert figures(run(name, "--resume", "stopped")) == figures(whole)
+    for after in (True, False):  # or before the checkpoint, when the line is there already
+        folder = f"stopped{after}"
+        monkeypatch.setattr(common, "save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(name, "--resume", folder, "--no-compare")
+        monkeypatch.setattr(common, "save_checkpoint", kept)
+        assert figures(run(name, "--resume", folder)) == figures(whole)
+        assert common.read_metrics(Path(folder)) == common.read_metrics(Path("whole"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -281,6 +285,23 @@ def own_images(root: Path) -> list[str]:
     return ["--dataset", f"folder:{root}", "--model", "toyclip", "--epochs", "2", "--no-compare"]
 
 
+def test_run_that_never_began():
+    """It holds nothing: other flags may take its folder, or go on with it."""
+    for again in ("--out-dir", "--resume"):
+        with pytest.raises(UserError, match="use --n-ctx 4 or more"):
+            run("prograd", "--n-ctx", "2", again, "here")
+        assert not common.begun("here")
+    run("prograd", "--n-ctx", "4", "--resume", "here", "--epochs", "1")
+    with pytest.raises(UserError, match="here holds a run"):
+        run("prograd", "--out-dir", "here")
+
+
+def test_eval_of_a_run_that_is_not_finished():
+    run("prograd", "--out-dir", "here", "--no-compare")
+    Path("here/result.json").unlink()
+    assert "here has not finished training" in run("prograd", "--eval", "here")["notes"]
+
+
 def test_data_that_changed(tmp_path):
     """A run goes on with the images and names it began with; tested ones that it saw are noted."""
     flags = [*own_images(tmp_path / "photos"), "--augment", "none"]
@@ -339,7 +360,7 @@ def test_weights_that_changed(tmp_path):
         ("--device gpu", "--device gpu: here it can be cpu"),
         ("--device cuda:7", "--device cuda:7: here it can be"),
         ("--precision fp16", "--precision fp16 is for GPUs"),
-        ("--csc", "--csc has no context for classes outside training"),
+        ("--csc --classes base", "--csc has no context for classes outside training"),
         ("--n-ctx 2", "'a photo of a {}.' has 4 tokens: use --n-ctx 4 or more"),
         ("--model RN51", "--model RN51 is unknown"),
         ("--cache-dir afile", "--cache-dir afile is a file: name a folder"),

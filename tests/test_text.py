@@ -111,7 +111,7 @@ def test_the_length_of_a_prompt_is_counted(clip64):
     common.name_tokens(clip64, [fits], 16)
     common.name_tokens(clip64, [fits], 0, own=16)
     for n_ctx, own in ((17, 0), (0, 17)):
-        with pytest.raises(UserError, match="tokens.*fit: shorten it, or lower --n-ctx"):
+        with pytest.raises(UserError, match="tokens.*fit: shorten it, or the context"):
             common.name_tokens(clip64, [fits], n_ctx, own=own)
 
 
