@@ -585,7 +585,7 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
 def stored_settings(typed: dict, method: str) -> dict:
     """The settings of the run that --resume goes on with or --eval evaluates; {} without one."""
     folder = typed.get("resume") or typed.get("eval")
-    there = len(typed) > 1 or folder is None or Path(folder).exists()
+    there = "resume" not in typed or Path(folder).exists() or typed.keys() - EARLIER["anew"]
     require(there, f"there is no run {folder}; to begin it say on which --dataset")
     if folder is None or ("resume" in typed and not Path(folder, "config.json").exists()):
         return {}
@@ -678,7 +678,7 @@ def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
     """The run's folder. Runs that start at the same moment get different ones: mkdir decides."""
     if args.resume or args.out_dir:
         out = Path(args.resume or args.out_dir)
-        free = args.resume or not begun(out)
+        free = args.resume or not (out / "config.json").exists()
         require(free, f"{out} holds a run: name another --out-dir, or --resume {out}")
         return out
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"

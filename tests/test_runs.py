@@ -286,14 +286,16 @@ def own_images(root: Path) -> list[str]:
 
 
 def test_run_that_never_began():
-    """It holds nothing: other flags may take its folder, or go on with it."""
-    for again in ("--out-dir", "--resume"):
-        with pytest.raises(UserError, match="use --n-ctx 4 or more"):
-            run("prograd", "--n-ctx", "2", again, "here")
-        assert not common.begun("here")
-    run("prograd", "--n-ctx", "4", "--resume", "here", "--epochs", "1")
-    with pytest.raises(UserError, match="here holds a run"):
-        run("prograd", "--out-dir", "here")
+    """It holds nothing, so that it goes on with other flags; and one that is not there."""
+    with pytest.raises(UserError, match="use --n-ctx 4 or more"):
+        run("prograd", "--n-ctx", "2", "--out-dir", "here")
+    with pytest.raises(UserError, match="here holds a run: name another --out-dir, or --resume"):
+        run("prograd", "--n-ctx", "4", "--out-dir", "here")
+    run("prograd", "--n-ctx", "4", "--resume", "here")
+    with pytest.raises(UserError, match="here has --n-ctx 4: leave --n-ctx out"):
+        run("prograd", "--n-ctx", "5", "--resume", "here")
+    with pytest.raises(UserError, match="there is no run heer; to begin it say on which --dataset"):
+        prograd.main(["--resume", "heer", "--workers", "0"])
 
 
 def test_eval_of_a_run_that_is_not_finished():
