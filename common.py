@@ -358,8 +358,9 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     Reads args.seed, workers, device and cache_dir. UserError names every broken image at once.
     """
     labels = torch.tensor([label for _, label in items], device=clip.device)
-    path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
     cache = cache and args.cache_dir != "none"
+    if cache:
+        path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
     if cache and path.exists():
         return safetensors.torch.load_file(path, device=clip.device)["features"], labels
     images = data.ImageSet(items, transform, args.seed)
@@ -515,7 +516,8 @@ RANGES["betas"] = (0, 0.999999)
 RANGES |= dict.fromkeys(["epochs", "batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9))
 RANGES |= dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_factor"], (1e-9, 1e9))
 # How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
-# with --eval, "trained". A typed value must agree, but for "moved" and, with --eval, "tested".
+# with --eval, "trained". Once anything is trained a typed value must agree, but for "moved" and,
+# with --eval, "tested".
 EARLIER = {
     "anew": {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"},
     "trained": {"memory_gb", "precision", "compare", "eval_every"},

@@ -308,8 +308,9 @@ def join_processes(args: argparse.Namespace) -> None:
         torch.cuda.set_device(args.device)
     if not dist.is_initialized():
         # The others wait while the first evaluates, which may take long.
-        backend = "nccl" if args.device != "cpu" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        dist.init_process_group(
+            "nccl" if args.device != "cpu" else "gloo", timeout=datetime.timedelta(days=1)
+        )
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -361,9 +362,10 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     teacher = zero_shot_teacher(args, clip, task)
     batches = training_stream(args, clip, task)
     for epoch in range(common.resume(out, learner, optimizer), args.epochs):
-        order = torch.randperm(len(task.train), generator=data.generator(args.seed, "order", epoch))
         # The last batch may be smaller, and is kept, as released.
-        order = order.split(args.batch_size)[: args.max_steps or None]
+        order = torch.randperm(
+            len(task.train), generator=data.generator(args.seed, "order", epoch)
+        ).split(args.batch_size)[: args.max_steps or None]
         progress = tqdm(
             order,
             f"{out.name} {epoch + 1}/{args.epochs}",
@@ -417,15 +419,18 @@ def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Ca
 def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
     """A function (images [b, 3, H, W], positions [b]) → frozen CLIP's logits [b, C]."""
     classifier = common.zero_shot_classifier(clip, task.classnames, [task.template])  # [C, D]
-    # Without augmentation it sees the same images in every epoch: encoding them once is enough.
-    once = args.augment == "none" and args.loss != "ce"
-    x = common.encode_images(clip, task.train, clip.preprocess, args)[0] if once else None
 
-    @torch.no_grad()
-    def see(images: Tensor, index: Tensor) -> Tensor:
-        with common.autocast(clip):
-            features = x[index] if once else clip.model.encode_image(images)  # [b, D]
+    def logits(features: Tensor) -> Tensor:
         return clip.scale * F.normalize(features.to(classifier), dim=-1) @ classifier.T
+
+    if args.augment == "none" and args.loss != "ce":  # the same images in every epoch
+        table = logits(common.encode_images(clip, task.train, clip.preprocess, args)[0])  # [N, C]
+        return lambda images, index: table[index]
+
+    def see(images: Tensor, index: Tensor) -> Tensor:
+        with torch.no_grad(), common.autocast(clip):
+            features = clip.model.encode_image(images)  # [b, D]
+        return logits(features)
 
     return see
 
@@ -436,8 +441,9 @@ def add_gradients(learner: PromptedClassifier) -> None:
     if processes()[1] == 1:
         return
     learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
-    flat = torch.cat([part.flatten() for part in parts])
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learned]
+    )
     dist.all_reduce(flat)
     for parameter, grad in zip(learned, flat.split([p.numel() for p in learned])):
         parameter.grad = grad.view_as(parameter)
