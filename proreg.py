@@ -303,6 +303,7 @@ def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    require(not args.download, "let one process download first: python data.py --download ..")
     if args.device != "cpu":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
@@ -495,8 +496,10 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
     for frozen in encoded:
         tuned, labels = tuned_logits(args, clip, learner, frozen.test)
         # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
-        mixed = {A: (1 - A) * tuned + A * frozen.zero_shot for A in args.ensemble}
-        extra = {f"ensemble {A:g}": common.evaluate(mixed[A], labels) for A in mixed}
+        extra = {
+            f"ensemble {A:g}": common.evaluate((1 - A) * tuned + A * frozen.zero_shot, labels)
+            for A in args.ensemble
+        }
         found.append({"tuned": tuned, "extra": extra})
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)

@@ -296,6 +296,13 @@ def test_two_processes_learn_what_one_does():
     assert lines[0]["train_accuracy"] == lines[1]["train_accuracy"]
 
 
+def test_one_process_alone_downloads(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="one process"):
+        run(proreg, *FINE, "--download")
+
+
 def test_world_size_alone_joins_nothing(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
