@@ -80,7 +80,7 @@ def load_clip(
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds
-        raise UserError(f"cannot load {model}: {str(error)[:600]}") from error
+        raise UserError(f"cannot load {model}: {str(error)[:600] or repr(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
@@ -151,8 +151,7 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
 def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str) -> None:
     """load_state_dict, or UserError `fault` with the first two names or shapes that differ."""
     expected = {(key, *value.shape) for key, value in module.state_dict().items()}
-    # What is no tensor has no shape.
-    found = {(key, *getattr(value, "shape", ["none"])) for key, value in tensors.items()}
+    found = {(key, *getattr(value, "shape", ["no tensor"])) for key, value in tensors.items()}
     differ = sorted(expected ^ found, key=str)[:2]
     require(not differ, f"{fault}: see {' and '.join(map(str, differ))}")
     module.load_state_dict(tensors)
@@ -324,7 +323,7 @@ def encode_prompts(clip: Clip, prefix: Tensor, names: Names) -> Tensor:
     parts = []  # [g, R, K, W] each
     for some in prefix.split(max(1, alive // R)):
         parts.append(torch.cat([encode(tower, some, *piece) for piece in pieces], dim=1))
-    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.slot)  # of [G, R · K, W] the C
+    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.slot)  # [G, C, W]
     return (ends @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
 
 
@@ -567,7 +566,7 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
         args.pretrained = first.get("pretrained")
     fits = ":" not in args.model or args.pretrained is None
     require(fits, f"{args.model} has weights of its own: no --pretrained")
-    for key in ("cache_dir", "out_dir", "resume"):
+    for key in ("data_root", "cache_dir", "out_dir", "resume"):
         folder = vars(args)[key] or ""
         require(not os.path.isfile(folder), f"{flag(key)} {folder} is a file: name a folder")
     taken = args.out_dir and Path(args.out_dir, "config.json").exists()
