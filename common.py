@@ -53,7 +53,7 @@ class Clip:
     precision: str = "fp32"
     memory_gb: float = 4.0  # bound on what the text encoder keeps alive
     scale: float = 100.0  # s = exp(logit_scale)
-    weights: str = ""  # hash of all tensors
+    weights: str = ""  # hash of all tensors: which CLIP a run belongs to, wherever its file lies
 
     @property
     def width(self) -> int:
@@ -79,20 +79,28 @@ def load_clip(
         with warnings.catch_warnings(action="ignore"):
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
-    except UserError:
-        raise
     except Exception as error:  # open_clip, the hub and torch raise many kinds
-        raise UserError(f"cannot load {model}: {str(error)[:300]}") from error
+        raise UserError(f"cannot load {model}: {str(error)[:600] or repr(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
     net = net.float().eval().requires_grad_(False)
+    hashes = {
+        key: hashlib.sha1(value.contiguous().numpy()).hexdigest()
+        for key, value in sorted(net.state_dict().items())
+    }
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
-    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
-    scale, weights = net.logit_scale.double().exp().item(), fingerprint(net)
-    clip = Clip(net, transform, tokenizer, name, pretrained or "", scale=scale, weights=weights)
+    clip = Clip(
+        net,
+        open_clip.transform.image_transform_v2(cfg, is_train=False),
+        tokenizer,
+        name,
+        pretrained or "",
+        scale=net.logit_scale.double().exp().item(),
+        weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
+    )
     check_text_tower(clip)
     net.to(device)
     return dataclasses.replace(clip, device=device, precision=precision, memory_gb=memory_gb)
@@ -107,21 +115,20 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
     """
     if ":" in name:
         return open_clip.create_model(name, require_pretrained=True)
-    config = open_clip.get_model_config(name)
-    require(config, f"--model {name} is unknown to open_clip: name one such as RN50, ViT-B-16")
+    require(
+        open_clip.get_model_config(name),
+        f"--model {name} is unknown to open_clip: name one such as RN50, ViT-B-16",
+    )
     if Path(pretrained).is_file():
         state, archive = read_weights(pretrained)
-        quick = archive or bool(config.get("quick_gelu"))
-        net = open_clip.create_model(name, force_quick_gelu=quick)
+        net = open_clip.create_model(name, force_quick_gelu=archive)
         load_tensors(net, state, f"{pretrained} holds another model than {name}")
         return net
-    plain = name.removesuffix("-quickgelu")
-    tag = open_clip.get_pretrained_cfg(plain, pretrained)
-    tag = tag or open_clip.get_pretrained_cfg(name, pretrained)
+    name = name.removesuffix("-quickgelu")  # of a pair of names this one has all tags
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
     require(tag, f"--pretrained {pretrained!r} is no file and no tag of {name}: {tags}")
     quick = bool(tag.get("quick_gelu"))
-    name = name if quick else plain
     return open_clip.create_model(name, pretrained, force_quick_gelu=quick, require_pretrained=True)
 
 
@@ -135,8 +142,6 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
         state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
     except RuntimeError:  # no archive; what follows reads with weights_only
         state, archive = open_clip.factory.load_state_dict(path), False
-    tensors = state and all(isinstance(value, Tensor) for value in state.values())
-    require(tensors, f"{path} holds no weights of a CLIP")
     foreign = any(key.startswith(("text_model.", "vision_model.")) for key in state)
     require(not foreign, f"{path} is in transformers' format: name a file in open_clip's, or a tag")
     no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -146,17 +151,10 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
 def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str) -> None:
     """load_state_dict, or UserError `fault` with the first two names or shapes that differ."""
     expected = {(key, *value.shape) for key, value in module.state_dict().items()}
-    differ = sorted(expected ^ {(key, *value.shape) for key, value in tensors.items()})[:2]
+    found = {(key, *getattr(value, "shape", ["no tensor"])) for key, value in tensors.items()}
+    differ = sorted(expected ^ found, key=str)[:2]
     require(not differ, f"{fault}: see {' and '.join(map(str, differ))}")
     module.load_state_dict(tensors)
-
-
-def fingerprint(net: torch.nn.Module) -> str:
-    """Hash of all tensors: which CLIP a run belongs to, wherever its file lies."""
-    digest = hashlib.sha1(activation(net).encode())
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def activation(net: torch.nn.Module) -> str:
@@ -169,10 +167,11 @@ def check_text_tower(clip: Clip) -> None:
     try:
         ours = prompt_features(clip, ["photo"], "a {}")
         theirs = clip.model.encode_text(clip.tokenizer(["a photo"]))
-        equal = (ours - theirs).norm() < 1e-3 * theirs.norm()
-    except (AttributeError, TypeError, RuntimeError, ValueError):
-        equal = False
-    require(equal, f"{clip.name} has no text tower like CLIP's: causal, and read at the text's end")
+        require((ours - theirs).norm() < 1e-3 * theirs.norm(), "they differ")
+    except (AttributeError, TypeError, RuntimeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{clip.name} has no text tower like CLIP's: causal, and read at the text's end"
+        ) from error
 
 
 def text_tower(model: torch.nn.Module) -> torch.nn.Module:
@@ -229,40 +228,40 @@ def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
     """
     tower = text_tower(clip.model)
     table, position = tower.token_embedding.weight, tower.positional_embedding
-    free = [-1] * own  # of a place that is kept free
-    ids = [free + token_ids(clip, text, len(position) - before - own) for text in texts]
+    # -1: a place that is kept free.
+    ids = [[-1] * own + token_ids(clip, text, len(position) - before - own) for text in texts]
     size = torch.tensor([len(text) for text in ids])  # [C]
     start = size.cumsum(0) - size
     n_rows = math.ceil(int(size.sum()) / max(1, ROW_LENGTH - before))
     row = start * n_rows // size.sum()  # [C] every row gets an equal share of all tokens
-    first = torch.searchsorted(row, row)  # [C] the first text in each text's row
-    column, nth = start - start[first], torch.arange(len(ids)) - first
-    R, S, K = int(row[-1]) + 1, int((column + size).max()), int(nth.max()) + 1
 
-    # Of every token: whose it is, and its place in that text; then both at its row and column.
+    # Of every token: what it is, whose it is, and its place in the prompt.
+    token = torch.tensor(sum(ids, []))
     whose = torch.arange(len(ids)).repeat_interleave(size)
-    place = torch.arange(len(whose)) - start[whose]
-    at = row[whose], column[whose] + place
-    token = torch.full((R, S), -1).index_put(at, torch.tensor(sum(ids, [])))
-    place = torch.zeros(R, S, dtype=torch.long).index_put(at, before + place)
-    whose = torch.full((R, S), -1).index_put(at, whose)  # -1: the end of a row that no text fills
-    eot = torch.zeros(R, K, dtype=torch.long).index_put((row, nth), before + column + size - 1)
-    free = (row * S + column)[:, None] + torch.arange(own)
-
-    to = functools.partial(Tensor.to, device=table.device)
-    rows = table[to(token.clamp(min=0))] * to(token >= 0)[:, :, None] + position[to(place)]
-    mask = to(attention_mask(whose, place, before)).to(table.dtype)
-    return Names(rows.detach(), mask, to(eot), to(row * K + nth), to(free.flatten()))
+    place = before + torch.arange(len(token)) - start[whose]
+    x = table[token.clamp(min=0)] * (token >= 0)[:, None].to(table) + position[place]
+    rows = side_by_side(x.detach(), row[whose], 0)  # [R, S, W]
+    whose = side_by_side(whose, row[whose], -1)  # [R, S]
+    at = (whose >= 0).flatten().nonzero()[:, 0]  # of every token: which of the R · S it is now
+    column = at[size.cumsum(0) - 1] % whose.shape[1]  # [C] where in its row a text ends
+    eot = side_by_side(before + column, row, -1)  # [R, K]
+    slot = (eot >= 0).flatten().nonzero()[:, 0]
+    places = (each.to(table.device) for each in (eot.clamp(min=0), slot, at[token < 0]))
+    return Names(rows, attention_mask(whose, before).to(table), *places)
 
 
-def attention_mask(whose: Tensor, place: Tensor, before: int) -> Tensor:
-    """A token sees the prefix and its own text, up to itself. whose, place [R, S]: whose a token is
-    and where it stands in its prompt → [R, 1, P + S, P + S], 0 or -inf."""
+def side_by_side(values: Tensor, row: Tensor, padding: int) -> Tensor:
+    """Values in the order of their rows → [R, the longest row, ..]; shorter rows are padded."""
+    parts = values.split(row.bincount().tolist())
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
+
+
+def attention_mask(whose: Tensor, before: int) -> Tensor:
+    """A token sees the prefix and its own text, up to itself. whose [R, S]: which text a token is
+    of → [R, 1, P + S, P + S], 0 or -inf."""
     whose = F.pad(whose, (before, 0), value=-2)  # -2: the prefix
-    place = torch.cat([torch.arange(before).expand(len(place), -1), place], dim=1)
     sees = (whose[:, :, None] == whose[:, None]) | (whose[:, None] == -2)
-    sees &= place[:, :, None] >= place[:, None]
-    return torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
+    return torch.zeros(sees.shape).masked_fill(~sees.tril(), -math.inf)[:, None]
 
 
 def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names:
@@ -316,17 +315,16 @@ def encode_prompts(clip: Clip, prefix: Tensor, names: Names) -> Tensor:
     gradients = torch.is_grad_enabled() and (prefix.requires_grad or names.rows.requires_grad)
     floats = 35 * len(tower.transformer.resblocks) if gradients else 40
     alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))  # rows that fit
-    r, g = min(R, alive), min(G, max(1, alive // R))
-    again = {"use_reentrant": False, "preserve_rng_state": False}
-    twice = functools.partial(checkpoint, encode_rows, **again)
-    encode = twice if gradients and (r < R or g < G) else encode_rows
-    pieces = list(zip(names.rows.split(r), names.mask.split(r), names.eot.split(r)))
-    parts = [[encode(tower, some, *piece) for piece in pieces] for some in prefix.split(g)]
-    ends = torch.cat([torch.cat(row, dim=1) for row in parts])  # [G, R, K, W]
-    features = ends.flatten(1, 2).index_select(1, names.slot)  # [G, C, W]
-    is_layer = isinstance(tower.text_projection, torch.nn.Module)
-    features = tower.text_projection(features) if is_layer else features @ tower.text_projection
-    return features.to(prefix.dtype)  # whatever autocast computes in
+    twice = functools.partial(
+        checkpoint, encode_rows, use_reentrant=False, preserve_rng_state=False
+    )
+    encode = twice if gradients and G * R > alive else encode_rows
+    pieces = list(zip(names.rows.split(alive), names.mask.split(alive), names.eot.split(alive)))
+    parts = []  # [g, R, K, W] each
+    for some in prefix.split(max(1, alive // R)):
+        parts.append(torch.cat([encode(tower, some, *piece) for piece in pieces], dim=1))
+    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.slot)  # [G, C, W]
+    return (ends @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
 
 
 def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
@@ -366,12 +364,12 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     images = data.ImageSet(items, transform, args.seed)
     each = torch.arange(len(items)) + view * len(items)
     loader = data.image_loader(images, [batch.tolist() for batch in each.split(256)], args)
-    rows = []
     try:
         with torch.no_grad(), autocast(clip):
-            for batch, _, _ in tqdm(loader, "encode images", leave=False, disable=None):
-                batch = batch.to(clip.device, non_blocking=True)
-                rows.append(clip.model.encode_image(batch).float())
+            rows = [
+                clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
+                for batch, _, _ in tqdm(loader, "encode images", leave=False, disable=None)
+            ]
     except UserError as error:
         bad = data.bad_images(items) or [str(error)]
         raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
@@ -385,13 +383,11 @@ def feature_key(clip: Clip, items: list, transform: Callable, seed: int, view: i
     """A file name: hash of all that decides features (model, weights, precision, device, versions,
     transform, draw, and of each file what an exchanged one cannot keep: inode, time of change)."""
     draw = [seed, view] if transform is not clip.preprocess else []  # the test transform draws none
-    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, draw]
-    parts += [repr(transform), *(Path(m.__file__).read_text("utf-8") for m in (data, data.world))]
-    for path, _ in items:
-        parts.append(path)
-        if os.path.exists(path):  # toy images are no files
-            status = os.stat(path)
-            parts += [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (data, data.world)]
+    files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are none
+    states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
+    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, draw,
+             repr(transform), code, [path for path, _ in items], states]  # fmt: skip
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
 
 
@@ -424,8 +420,8 @@ def encode_tests(args: argparse.Namespace, clip: Clip, tests: list[data.Test]) -
     encoded = []
     for test in tests:
         classifier = zero_shot_classifier(clip, test.classnames, [test.template])
-        x, labels = encode_images(clip, test.items, clip.preprocess, args)
-        x = F.normalize(x, dim=-1)
+        features, labels = encode_images(clip, test.items, clip.preprocess, args)
+        x = F.normalize(features, dim=-1)
         encoded.append(EncodedTest(test, x, labels, clip.scale * x @ classifier.T))
     return encoded
 
@@ -444,11 +440,10 @@ def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     log_prob = logits.log_softmax(dim=-1)
     confidence, predicted = log_prob.exp().max(dim=-1)
     right = (predicted == labels).to(confidence)
-    zeros = torch.zeros(logits.shape[1], device=logits.device, dtype=right.dtype)
-    count = zeros.index_add(0, labels, torch.ones_like(right))
-    per_class = zeros.index_add(0, labels, right) / count  # 0 / 0 where there is no image
+    count = labels.bincount(minlength=logits.shape[1])
+    per_class = labels.bincount(right, len(count)) / count  # 0 / 0 where there is no image
     bins = (confidence * 15).long().clamp(0, 14)  # bin b holds confidences in [b/15, (b+1)/15)
-    gaps = zeros.new_zeros(15).index_add(0, bins, right - confidence)  # a bin's sum of both
+    gaps = bins.bincount(right - confidence, 15)  # of each bin the sum of both
     nll = F.nll_loss(log_prob, labels).item()
     if not math.isfinite(nll):
         raise FloatingPointError("predictions are not finite: try --precision fp32, a lower --lr")
@@ -480,7 +475,8 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
 FLAGS = {
     "model": {
         "--model": {"help": "toyclip, an open_clip name such as RN50, or hf-hub:ORG/NAME"},
-        "--pretrained": {"metavar": "W", "help": "an open_clip tag (openai) or a weights file"},
+        "--pretrained": {"type": os.path.expanduser, "metavar": "W",
+                         "help": "an open_clip tag (openai) or a weights file"},
         "--precision": {"choices": ["fp32", "bf16", "fp16"],
                         "help": "of the frozen towers [bf16 on a GPU, else fp32]"},
         "--memory-gb": {"type": float, "metavar": "GB",
@@ -495,13 +491,17 @@ FLAGS = {
         "--max-steps": {"type": int, "metavar": "K", "help": "steps an epoch at most, for trials"},
         "--eval-every": {"type": int, "metavar": "E", "help": "epochs between validations"}},
     "run": {
-        "--out-dir": {"metavar": "DIR", "help": "run folder [runs/METHOD-DATASET-SHOTS-SEED]"},
-        "--resume": {"metavar": "RUN", "help": "go on with this run folder, or begin it [no]"},
-        "--eval": {"metavar": "RUN", "help": "evaluate this run on what the data flags say [no]"},
+        "--out-dir": {"type": os.path.expanduser, "metavar": "DIR",
+                      "help": "run folder [runs/METHOD-DATASET-SHOTS-SEED]"},
+        "--resume": {"type": os.path.expanduser, "metavar": "RUN",
+                     "help": "go on with this run folder, or begin it [no]"},
+        "--eval": {"type": os.path.expanduser, "metavar": "RUN",
+                   "help": "evaluate this run on what the data flags say [no]"},
         "--compare": {"action": argparse.BooleanOptionalAction, "help": "plain baseline, too"},
         "--device": {"help": "cpu, cuda, cuda:1"},
         "--workers": {"type": int, "metavar": "K", "help": "processes that decode images"},
-        "--cache-dir": {"metavar": "DIR", "help": "folder of cached image features, or none"}},
+        "--cache-dir": {"type": os.path.expanduser, "metavar": "DIR",
+                        "help": "folder of cached image features, or none"}},
 }
 DEFAULTS = {
     "data_root": "data", "download": False, "shots": 16, "seed": 1, "test_on": [], "paper": False,
@@ -511,10 +511,12 @@ DEFAULTS = {
     "device": "cuda" if torch.cuda.is_available() else "cpu", "cache_dir": "cache",
 }
 # What numbers can be; of other flags 0 or more.
-RANGES = dict.fromkeys(["momentum", "warmup", "ensemble", "wise_ft"], (0, 1))
-RANGES["betas"] = (0, 0.999999)
-RANGES |= dict.fromkeys(["epochs", "batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9))
-RANGES |= dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_factor"], (1e-9, 1e9))
+RANGES = {
+    **dict.fromkeys(["momentum", "warmup", "ensemble", "wise_ft"], (0, 1)),
+    **dict.fromkeys(["epochs", "batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9)),
+    **dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_factor"], (1e-9, 1e9)),
+    "betas": (0, 0.999999),
+}
 # How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
 # with --eval, "trained". Once anything is trained a typed value must agree, but for "moved" and,
 # with --eval, "tested".
@@ -544,12 +546,11 @@ def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> da
     for name, flags in {method: own_flags, "data": data.FLAGS, **FLAGS}.items():
         group = parser.add_argument_group(name)
         for option, details in flags.items():
-            group.add_argument(option, **details)
-    for action in parser._actions:
-        if action.dest in kinds[0] and not action.help.endswith("]"):
-            values = [kind.get(action.dest) for kind in kinds]
-            toy, other = ("none" if value in (None, []) else str(value) for value in values)
-            action.help += f" [{toy}]" if toy == other else f" [toy {toy}, else {other}]"
+            action = group.add_argument(option, **details)
+            if not action.help.endswith("]"):
+                values = [kind.get(action.dest) for kind in kinds]
+                toy, other = ("none" if value in (None, []) else str(value) for value in values)
+                action.help += f" [{toy}]" if toy == other else f" [toy {toy}, else {other}]"
     return parser
 
 
@@ -557,24 +558,19 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used."""
     typed = vars(parser.parse_args(argv))
-    for key in {"data_root", "cache_dir", "out_dir", "resume", "eval", "pretrained"} & typed.keys():
-        typed[key] = os.path.expanduser(typed[key])
-        folder = key == "pretrained" or not os.path.isfile(typed[key])
-        require(folder, f"{flag(key)} {typed[key]} is a file: name a folder")
     twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
     require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
-    stored = stored_settings(typed, method)
-    first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
+    first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | inherited(typed, method) | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
-    fixed = stored.keys() - EARLIER["moved"] - (EARLIER["tested"] if args.eval else set())
-    for key in fixed if begun(args.resume or args.eval) else ():
-        text = f"{args.resume or args.eval} has {flag(key)} {stored[key]}: leave {flag(key)} out"
-        require(vars(args)[key] == stored[key], text)
-    if args.model == "toyclip" and "pretrained" not in first:  # also on your own images
-        args.pretrained = None
-    if ":" in args.model:
-        require("pretrained" not in typed, f"{args.model} has weights of its own: no --pretrained")
-        args.pretrained = None
+    if args.model == "toyclip" or ":" in args.model:  # the default weights are another model's
+        args.pretrained = first.get("pretrained")
+    fits = ":" not in args.model or args.pretrained is None
+    require(fits, f"{args.model} has weights of its own: no --pretrained")
+    for key in ("data_root", "cache_dir", "out_dir", "resume"):
+        folder = vars(args)[key] or ""
+        require(not os.path.isfile(folder), f"{flag(key)} {folder} is a file: name a folder")
+    taken = args.out_dir and Path(args.out_dir, "config.json").exists()
+    require(not taken, f"{args.out_dir} holds a run: name another --out-dir, or --resume it")
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, 1e18))
         for number in value if isinstance(value, list) else [value]:
@@ -584,21 +580,28 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     return args
 
 
-def stored_settings(typed: dict, method: str) -> dict:
+def inherited(typed: dict, method: str) -> dict:
     """The settings of the run that --resume goes on with or --eval evaluates; {} without one."""
     folder = typed.get("resume") or typed.get("eval")
-    there = "resume" not in typed or Path(folder).exists() or typed.keys() - EARLIER["anew"]
-    require(there, f"there is no run {folder}; to begin it say on which --dataset")
-    if folder is None or ("resume" in typed and not Path(folder, "config.json").exists()):
+    begins = "resume" in typed and not Path(folder, "config.json").exists()
+    require(
+        not begins or typed.keys() - EARLIER["anew"],
+        f"there is no run {folder}; to begin it say on which --dataset",
+    )
+    if begins or not folder:
         return {}
     config = read_run(folder)
-    settings = config["settings"]
-    fits = config["method"] == method and not settings["eval"]
+    stored = config["settings"]
+    fits = config["method"] == method and not stored["eval"]
     require(fits, f"{folder} is no training run of {method}.py")
     unread = EARLIER["anew"] | (EARLIER["trained"] if "eval" in typed else set())
-    if typed.get("dataset", settings["dataset"]) != settings["dataset"]:
+    if typed.get("dataset", stored["dataset"]) != stored["dataset"]:
         unread |= {"train_domain", "test_domain"}
-    return {key: value for key, value in settings.items() if key not in unread}
+    free = unread | EARLIER["moved"] | (EARLIER["tested"] if "eval" in typed else set())
+    for key in typed.keys() & stored.keys() - free:
+        same = typed[key] == stored[key] or not begun(folder)
+        require(same, f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out")
+    return {key: value for key, value in stored.items() if key not in unread}
 
 
 def read_run(folder: str | Path) -> dict:
@@ -619,8 +622,8 @@ def flag(key: str) -> str:
 
 def settle_device(args: argparse.Namespace) -> None:
     """Is there such a device? And fill in --precision and --memory-gb for it."""
-    known = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    known += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     require(args.device in known, f"--device {args.device}: here it can be {', '.join(known)}")
     cuda = args.device != "cpu"
     require(cuda or args.precision != "fp16", "--precision fp16 is for GPUs: use fp32 or bf16")
@@ -641,16 +644,14 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
         compare_runs(read_run(earlier), config, task, earlier)
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
-    shots = "all" if args.shots == "all" else f"{args.shots} shots"
-    trained = f"{len(task.train)} training images ({shots}, seed {args.seed})"
+    trained = f"{len(task.train)} training images ({args.shots} shots, seed {args.seed})"
+    tested = f"{sum(len(test.items) for test in task.tests)} images (sets: {len(task.tests)})"
     words = [clip.name, Path(clip.pretrained).name, activation(clip.model), clip.precision]
-    tests = [f"{len(test.items)} {test_label(test, task.name)}" for test in task.tests]
-    tests[4:] = [f"{len(tests) - 4} more sets"] if len(tests) > 4 else []
     notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes in result.json"]
     print(
         f"{title} on {task.name}: {len(task.classnames)} classes, {task.template!r}",
         f"model: {', '.join(filter(None, words))} on {clip.device}; run: {out}",
-        f"data: {f'trained in {args.eval}' if args.eval else trained}; test: {', '.join(tests)}",
+        f"data: {f'trained in {args.eval}' if args.eval else trained}; test: {tested}",
         *(f"note: {note}" for note in notes),
         sep="\n",
     )
@@ -670,19 +671,16 @@ def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
         seen = data.trained_on(task, old["train"]) if len(places) == 1 else 0
         task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
         return
-    for key, what in (("classnames", "class names"), ("train", "training images")):
-        changed = [*sorted(set(old[key]) ^ set(new[key])), "their order"][0]
-        text = f"{folder} was begun with other {what} (see {changed!r}): restore them, or train in"
-        require(old[key] == new[key], f"{text} another folder")
+    was, now = (config["classnames"] + config["train"] for config in (old, new))
+    changed = [*sorted(set(was) ^ set(now)), "their order"][0]
+    text = f"{folder} was begun with other classes or training images (see {changed!r})"
+    require(was == now, f"{text}: restore them, or train in another folder")
 
 
 def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
     """The run's folder. Runs that start at the same moment get different ones: mkdir decides."""
     if args.resume or args.out_dir:
-        out = Path(args.resume or args.out_dir)
-        free = args.resume or not (out / "config.json").exists()
-        require(free, f"{out} holds a run: name another --out-dir, or --resume {out}")
-        return out
+        return Path(args.resume or args.out_dir)
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
     out = Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1))
     try:
@@ -699,8 +697,10 @@ def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) 
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    note = {"note": json.dumps(note)}
-    write(out / "checkpoint.safetensors", safetensors.torch.save(tensors, note))
+    write(
+        out / "checkpoint.safetensors",
+        safetensors.torch.save(tensors, {"note": json.dumps(note)}),
+    )
 
 
 def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
@@ -737,11 +737,16 @@ def end_epoch(
     line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
     """
     line = {name: float(value) for name, value in line.items()}
-    bad = [name for name, value in line.items() if not math.isfinite(value)]
-    bad += [name for name, value in module.state_dict().items() if not value.isfinite().all()]
+    bad = [
+        name
+        for name, value in (line | module.state_dict()).items()
+        if not torch.as_tensor(value).isfinite().all()
+    ]
     if bad:
-        text = f"{bad[0]} is not finite in epoch {epoch + 1}: the last checkpoint stays"
-        raise FloatingPointError(f"{text}; try a smaller --lr")
+        raise FloatingPointError(
+            f"{bad[0]} is not finite in epoch {epoch + 1}: "
+            "the last checkpoint stays; try a smaller --lr"
+        )
     # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -761,15 +766,16 @@ def write_result(out: Path, args, task, encoded, found, seconds: float, baseline
     there are any. `baseline` is the result of the plain method's run.
     """
     tests, arrays = [], {}
-    for i, (frozen, row) in enumerate(zip(encoded, found, strict=True)):
-        test, labels = frozen.test, frozen.labels
+    for i, (test, frozen, row) in enumerate(zip(task.tests, encoded, found, strict=True)):
         tests.append({
-            "dataset": test.name, "domain": test.domain, "classes": test.classes, "n": len(labels),
-            "template": test.template, "zero_shot": evaluate(frozen.zero_shot, labels),
+            "dataset": test.name, "domain": test.domain, "classes": test.classes,
+            "n": len(test.items), "template": test.template,
+            "zero_shot": evaluate(frozen.zero_shot, frozen.labels),
             "baseline": baseline and baseline["tests"][i]["tuned"],
-            "tuned": evaluate(row["tuned"], labels), "extra": row.get("extra", {})})  # fmt: skip
-        kept = {"zero_shot": probabilities(frozen.zero_shot), "tuned": probabilities(row["tuned"])}
-        kept |= {"labels": labels, **row.get("arrays", {})}
+            "tuned": evaluate(row["tuned"], frozen.labels), "extra": row.get("extra", {}),
+        })  # fmt: skip
+        kept = {"zero_shot": probabilities(frozen.zero_shot), "tuned": probabilities(row["tuned"]),
+                "labels": frozen.labels, **row.get("arrays", {})}  # fmt: skip
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -791,8 +797,7 @@ def harmonic_means(tests: list[dict]) -> dict[str, float]:
     """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
     {} if there is neither. Other datasets (--test-on) do not count."""
     own = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
-    new = [test for test in own if test["classes"] == "new" and not test["domain"]]
-    others = new or [test for test in own if test["domain"]]
+    others = own[:1] if tests[0]["classes"] == "base" else own  # the new half comes next
     means = {}
     for column, first in measures(tests[0]).items() if others else ():
         rest = [measures(test)[column]["accuracy"] for test in others]
@@ -806,35 +811,32 @@ def measures(test: dict) -> dict[str, dict[str, float]]:
     return kinds | test["extra"]
 
 
-def test_label(test: data.Test, dataset: str) -> str:
-    """What a test set is called in a run of `dataset`."""
-    words = [test.name if test.name != dataset else "", test.domain]
-    words += [test.classes] if test.classes != "all" or not any(words) else []
-    return " ".join(filter(None, words))
-
-
-def report(result: dict, tests: list[data.Test], out: Path, baseline: str, method: str) -> None:
+def report(result: dict, out: Path, baseline: str, method: str) -> None:
     """Print the run's one table; `baseline` and `method` are names."""
     titles = {"zero_shot": "zero-shot", "baseline": baseline, "tuned": method}
-    columns = measures(result["tests"][0])
-    rows = [["", "images", "", *(titles.get(key, key.replace("_", " ")) for key in columns)]]
-    for test, entry in zip(tests, result["tests"]):
-        found = measures(entry).values()
+    first = result["tests"][0]
+    unsaid = (first["dataset"], "", "all")
+    rows = [
+        ["", "images", "", *(titles.get(key, key.replace("_", " ")) for key in measures(first))]
+    ]
+    for test in result["tests"]:
+        words = [test["dataset"], test["domain"], test["classes"]]
+        label = " ".join(word for word in words if word not in unsaid) or "all"
+        found = measures(test).values()
         kinds = {"accuracy": "accuracy %", "nll": "NLL nats", "ece": "ECE %"}
         if any(abs(m["accuracy"] - m["mean_class_accuracy"]) >= 0.1 for m in found):
             kinds["mean_class_accuracy"] = "class mean %"
-        head = [test_label(test, tests[0].name), str(entry["n"])]
         for kind, title in kinds.items():
+            head = [label, str(test["n"])] if kind == "accuracy" else ["", ""]
             cells = [f"{m[kind]:.3f}" if kind == "nll" else f"{m[kind]:.1f}" for m in found]
-            rows.append([*(head if kind == "accuracy" else ["", ""]), title, *cells])
+            rows.append([*head, title, *cells])
     means = [f"{h:.1f}" for h in result["harmonic_mean"].values()]
     rows += [["H", "", "accuracy %", *means]] if means else []
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *rest in rows:
+    for label, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
-        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    run_folder = result["settings"]["eval"] or out
-    hint = f"python tools/use.py predict {run_folder} IMAGE"
-    if tests[0].name in data.world.TASKS:
-        hint = f"the same with --seed {result['settings']['seed'] + 1}"
+        print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
+    hint = (
+        f"another --seed, or python tools/use.py predict {result['settings']['eval'] or out} IMAGE"
+    )
     print(f"written to {out}", f"try next: {hint}", sep="\n")

@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> dict:
         plain = argparse.Namespace(**vars(args) | {"lam": 0.0})
         baseline = fit(plain, clip, task, views, encoded, out / "baseline")
     result = fit(args, clip, task, views, encoded, out, baseline)
-    common.report(result, task.tests, out, "CoOp", method)
+    common.report(result, out, "CoOp", method)
     return result
 
 

@@ -577,7 +577,7 @@ def main(argv: list[str] | None = None) -> dict:
         baseline = fit(plain, clip, task, encoded, out / "baseline")
     result = fit(args, clip, task, encoded, out, baseline)
     if processes()[0] == 0:
-        common.report(result, task.tests, out, "fine-tuning", method)
+        common.report(result, out, "fine-tuning", method)
     return result
 
 

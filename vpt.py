@@ -468,7 +468,7 @@ def main(argv: list[str] | None = None) -> dict:
         plain = argparse.Namespace(**vars(args) | {"samples": 0})
         baseline = fit(plain, clip, task, views, encoded, out / "baseline")
     result = fit(args, clip, task, views, encoded, out, baseline)
-    common.report(result, task.tests, out, plain_name, method)
+    common.report(result, out, plain_name, method)
     return result
 
 
