@@ -626,8 +626,8 @@ def settle_device(args: argparse.Namespace) -> None:
     known = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     require(args.device in known, f"--device {args.device}: here it can be {', '.join(known)}")
     cuda = args.device != "cpu"
-    require(cuda or args.precision != "fp16", "--precision fp16 is for GPUs: use fp32 or bf16")
-    half = "bf16" if cuda and torch.cuda.is_bf16_supported(False) else "fp16"
+    require(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; fp32 and bf16 do not")
+    half = "bf16" if cuda and torch.cuda.get_device_capability(args.device) >= (8, 0) else "fp16"
     args.precision = args.precision or (half if cuda else "fp32")
     # Of the total memory, not of what is free: the size of pieces changes the last bits.
     total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 8e9
@@ -797,7 +797,7 @@ def harmonic_means(tests: list[dict]) -> dict[str, float]:
     """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
     {} if there is neither. Other datasets (--test-on) do not count."""
     own = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
-    others = own[:1] if tests[0]["classes"] == "base" else own  # the new half comes next
+    others = [test for test in own if test["classes"] == "new" and not test["domain"]] or own
     means = {}
     for column, first in measures(tests[0]).items() if others else ():
         rest = [measures(test)[column]["accuracy"] for test in others]

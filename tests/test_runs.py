@@ -363,7 +363,7 @@ def test_weights_that_changed(tmp_path):
         ("--momentum 2", "--momentum 2.0: it must be from 0 to 1"),
         ("--device gpu", "--device gpu: here it can be cpu"),
         ("--device cuda:7", "--device cuda:7: here it can be"),
-        ("--precision fp16", "--precision fp16 is for GPUs"),
+        ("--precision fp16", "--precision fp16 needs a GPU"),
         ("--csc --classes base", "--csc has no context for classes outside training"),
         ("--n-ctx 2", "'a photo of a {}.' has 4 tokens: use --n-ctx 4 or more"),
         ("--model RN51", "--model RN51 is unknown"),
