@@ -24,7 +24,7 @@ import re
 import sys
 import unicodedata
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from toyclip import world
 
 Item = tuple[str, int]  # (address, label); an address is a path or toy:TASK/PART/INDEX
-Entry = tuple[str, str, str, str]  # path below the image folder, class folder, part, domain
+Row = tuple[str, str, str, str]  # path below the image folder, class folder, part, domain
 ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb
 
@@ -74,21 +74,19 @@ def run(main) -> None:
         status, text = 1, str(error)
     except (RuntimeError, OSError, MemoryError) as error:
         status, text = explain(error)
-        if not text:
-            raise
     print("error:", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()), file=sys.stderr)
     raise SystemExit(status)
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """Exit status and one line for what the machine ran out of; no line for a fault of ours."""
+    """Exit status and one line for what the machine ran out of. A fault of ours is raised again."""
     reason = getattr(error, "strerror", None) or str(error)  # without a file's name
     if any(word in reason for word in ("shared memory", "/torch_", "open files", "bus error")):
         return 2, "too little /dev/shm, too few open files: --workers 0, or docker --shm-size 8g"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason:
         return 1, "out of memory: try a smaller --memory-gb or --batch-size"
     if not isinstance(error, OSError):
-        return 1, ""
+        raise error
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return 1 if full else 2, f"{error.filename}: {reason}" if error.filename else reason
 
@@ -106,18 +104,16 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, parse: Callable = str):
+    """A text file, or what `parse` makes of it."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        return parse(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_json(path: Path) -> dict:
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, no JSON: {error}") from error
+    return read_text(path, lambda text: dict(json.loads(text)))
 
 
 # 1. THE DATASETS: a row says where the images are and what tells their class, part and domain -----
@@ -136,6 +132,7 @@ class Source:
 
 # fmt: off
 CLASS = "(?P<cls>[^/]+)/.+"
+HELD_OUT = "held-out contexts"  # of NICO
 CONTEXT = "(?P<cls>[^/]+)/(?P<domain>[^/]+)/.+"
 STYLE = f"(?P<domain>art_painting|cartoon|photo|sketch)/{CLASS}"
 SIX = f"(?P<domain>clipart|infograph|painting|quickdraw|real|sketch)/{CLASS}"
@@ -186,9 +183,9 @@ SOURCES = {
     "bar": Source("bar BAR BAR-master", "github.com/alinlab/BAR", "the man is {}.",
                   paths=r"(?P<domain>train|test)/(?P<cls>[^/]+)_\d+\.\w+", domains=((), ("test",))),
     "nico_animal": Source("nico/animal NICO/Animal nico_animal Animal", "nico.thumedialab.com",
-                          "this is {}.", paths=CONTEXT),
+                          "this is {}.", paths=CONTEXT, domains=((), (HELD_OUT,))),
     "nico_vehicle": Source("nico/vehicle NICO/Vehicle nico_vehicle Vehicle", "nico.thumedialab.com",
-                           "this is {}.", paths=CONTEXT),
+                           "this is {}.", paths=CONTEXT, domains=((), (HELD_OUT,))),
     "pacs": Source("pacs/images pacs/kfold PACS/kfold pacs PACS", "domaingeneralization.github.io",
                    "this is {}.", paths=STYLE, domains=((), ("art_painting",)),
                    lists={"train": "{}_train_kfold.txt", "val": "{}_crossval_kfold.txt",
@@ -206,7 +203,7 @@ OWN_DOMAINS = f"(?P<domain>[^/]+)/{CLASS}"
 # fmt: on
 
 
-# 2. READING: every dataset becomes a list of entries, which is checked in one place ---------------
+# 2. READING: every dataset becomes a list of rows, which is checked in one place ------------------
 @dataclass
 class Found:
     """A whole dataset, before any draw."""
@@ -215,17 +212,20 @@ class Found:
     source: Source
     root: str = ""  # the image folder
     classnames: list[str] = field(default_factory=list)
-    parts: dict[str, list[Item]] = field(default_factory=dict)  # train, val, test: in-distribution
-    ood: dict[str, list[Item]] = field(default_factory=dict)  # further test sets, by domain
+    # By (part, domain). The domain is "" in distribution; others are further test sets.
+    sets: dict[tuple[str, str], list[Item]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what its user has to know
     faults: list[str] = field(default_factory=list)  # what its user has to mend first
+
+    def items(self) -> list[Item]:
+        return list(itertools.chain(*self.sets.values()))
 
 
 def read(name: str, args: argparse.Namespace) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and which domains are what."""
     found = find(name, args)
-    more = f"; and {len(found.faults) - 5} more" if len(found.faults) > 5 else ""
-    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5])}{more}")
+    first = "; ".join(found.faults[:5])
+    require(not found.faults, f"{found.root} has {len(found.faults)} faults: {first}")
     return found
 
 
@@ -235,19 +235,18 @@ def find(name: str, args: argparse.Namespace) -> Found:
         task = world.TASKS[name]
         return Found(name, Source("", template=task.template), "", *world.task_items(name))
     found = locate(name, args)
-    given = args.train_domain or args.test_domain
-    known = has_domains(found) or not given
+    known = has_domains(found) or not (args.train_domain or args.test_domain)
     require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
-    entries, names = (read_split if found.source.split else read_folders)(found, args)
+    rows, names = (read_split if found.source.split else read_folders)(found, args)
     check_names(found, names)
     found.classnames = list(names.values())
-    found.parts = {part: [] for part in ("train", "val", "test", "")}
+    found.sets = {(part, ""): [] for part in ("train", "val", "test")}
     label, root = {cls: i for i, cls in enumerate(names)}, os.path.join(found.root, "")
-    for path, cls, part, domain in entries:
-        items = found.ood.setdefault(domain, []) if part == "ood" else found.parts[part]
-        items.append((root + path, label[cls]))
+    for path, cls, part, domain in rows:
+        key = ("test", domain) if part == "ood" else (part or "train", "")
+        found.sets.setdefault(key, []).append((root + path, label[cls]))
     split_rest(found)
-    check_overlaps(found, real_paths(), "under several paths")
+    check_overlaps(found, real_paths(found), "under several paths")
     return found
 
 
@@ -280,67 +279,63 @@ def locate(name: str, args: argparse.Namespace) -> Found:
 def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
     root, above = Path(found.root), Path(found.root).parent
-    near = (above, root, above / "splits", root / "splits", above.parent / "imagenet")
-    for place in (*near, above / "imagenet"):
-        if (place / file).is_file():
-            return place / file
-    if not url:
+    near = [above, root, above / "splits", root / "splits", above.parent / "imagenet"]
+    paths = [place / file for place in (*near, above / "imagenet")]
+    path = next(filter(Path.is_file, paths), paths[0])
+    if url and not path.is_file():
+        write(path, urllib.request.urlopen(url).read())
+    if not path.is_file():
         advice = f"{found.name} needs it: try --download, or see CoOp's DATASETS.md"
-        raise FileNotFoundError(errno.ENOENT, advice, above / file)
-    write(above / file, urllib.request.urlopen(url).read())
-    return above / file
+        raise FileNotFoundError(errno.ENOENT, advice, path)
+    return path
 
 
 def resolve(found: Found, path: str, where: str) -> str:
     """A path that a list names, which must be a file below the root."""
     path = path.replace("\\", "/")
-    inside = path[:1] != "/" and ".." not in path.split("/") and "\0" not in path
+    inside = path[:1] != "/" and ".." not in path.split("/")
     require(inside, f"{where}: {path!r} leaves the image folder; such a list is refused")
     there = os.path.isfile(os.path.join(found.root, path))
     require(there, f"{where}: {found.root}/{path} is missing: unpack the images again")
     return path
 
 
-def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Entry], dict[int, str]]:
-    """CoOp's split file → entries, {label: class name}."""
+def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[int, str]]:
+    """CoOp's split file → rows, {label: class name}."""
     fetch = args.download and found.name not in ("food101", "sun397")
     file = find_file(found, found.source.split, SPLITS + found.source.split if fetch else "")
-    split, entries, names = read_json(file), [], {}
+    split, rows, names = read_json(file), [], {}
     for part in ("train", "val", "test"):
-        rows = split.get(part) if isinstance(split, dict) else None
-        require(isinstance(rows, list), f'{file} has no list "{part}" of [path, label, class name]')
-        for i, row in enumerate(rows):
+        listed = isinstance(split.get(part), list)
+        require(listed, f'{file} has no list "{part}" of [path, label, class name]')
+        for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
             good = isinstance(row, list) and [*map(type, row)] == [str, int, str]
             require(good, f"{where} is not [path, label, class name]")
             path, label, name = row
             known = names.setdefault(label, name)
             require(known == name, f"{where}: this label is {known!r} before")
-            entries.append((resolve(found, path, where), label, part, ""))
+            rows.append((resolve(found, path, where), label, part, ""))
     labels = sorted(names)
     require(labels == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {labels[:9]}")
-    return entries, {label: names[label] for label in labels}
+    return rows, dict(sorted(names.items()))
 
 
-def read_folders(found: Found, args: argparse.Namespace) -> tuple[list[Entry], dict[str, str]]:
-    """What paths and lists say → entries, {class folder: its name in prompts} in label order."""
-    paths, lists = found.source.paths, found.source.lists
-    if paths == OWN:
-        entries = walk(found, args)
-        check_parts(found, entries)
-    elif has_domains(found):
-        entries = choose_domains(found, walk(found, args), args)
-    else:
-        entries = read_lists(found, [(p, "") for p in lists]) if lists else walk(found, args)
-    expected = "CLASS/NAME.jpg" if paths == OWN else paths
-    require(entries, f"{found.name}: no images in {found.root}; expected are paths {expected}")
-    return entries, class_names(found, {cls for _, cls, _, _ in entries})
+def read_folders(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """What paths and lists say → rows, {class folder: its name in prompts} in label order."""
+    lists = [] if has_domains(found) else [(part, "") for part in found.source.lists]
+    rows = read_lists(found, lists) if lists else walk(found, args)
+    if found.source.paths == OWN:
+        check_parts(found, rows)
+    if has_domains(found):
+        rows = choose_domains(found, rows, args)
+    return rows, class_names(found, {cls for _, cls, _, _ in rows})
 
 
-def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Entry]:
+def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Row]:
     """Of each (part, domain) the text file that names an image a line: "1025794 707-320", or of a
     domain "sketch/dog/1.png 1"."""
-    entries = []
+    rows = []
     for part, domain in pairs:
         file = find_file(found, found.source.lists[part].format(domain))
         pattern = rf"({found.source.paths}) \d+" if domain else "([^ ]+) (?P<cls>.+)"
@@ -350,51 +345,48 @@ def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Entry]:
             path = match[1] if domain else f"{match[1]}.jpg"
             if path != WRONG:
                 path = resolve(found, path, f"{file}, line {i}")
-                entries.append((path, match["cls"], part, domain))
-    return entries
+                rows.append((path, match["cls"], part, domain))
+    return rows
 
 
-def walk(found: Found, args: argparse.Namespace) -> list[Entry]:
+def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     """The images below the root whose paths fit the pattern, class by class. What is left out of
     your own folders is counted, by reason, in a note."""
-    own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
-    entries, left, fits = [], collections.Counter(), re.compile(found.source.paths).fullmatch
-    above = {found.root: [os.path.realpath(found.root)]}  # real paths on the way to a folder
+    source, real = found.source, functools.cache(os.path.realpath)
+    own = {real(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
+    rows, left, fits = [], collections.Counter(), re.compile(source.paths).fullmatch
+    start = len(os.path.join(found.root, ""))
     for folder, folders, files in os.walk(found.root, followlinks=True):
-        way = above.pop(folder)
-        real = {sub: os.path.realpath(os.path.join(folder, sub)) for sub in folders}
-        kept = [sub for sub in folders if not sub.startswith((".", "__")) and real[sub] not in own]
+        way = [f"{real(up)}/" for up in (folder, *map(str, Path(folder).parents))]
+        real_sub = {sub: real(os.path.join(folder, sub)) for sub in folders}
+        kept = [s for s in folders if not s.startswith((".", "__")) and real_sub[s] not in own]
         left["hidden or own folders"] += len(folders) - len(kept)
         # A link to a folder on the way would have no end.
-        ends = [sub for sub in kept if not any(f"{up}/".startswith(f"{real[sub]}/") for up in way)]
-        folders[:] = ends
-        above |= {os.path.join(folder, sub): [*way, real[sub]] for sub in ends}
-        place = os.path.relpath(folder, found.root).replace(os.sep, "/") + "/"
-        place = place.removeprefix("./")
+        folders[:] = [s for s in kept if not any(up.startswith(f"{real_sub[s]}/") for up in way)]
         for file in files:
-            match = fits(place + file)
+            path = os.path.join(folder, file)[start:].replace(os.sep, "/")
+            match = fits(path)
             if match and file.lower().endswith(ENDINGS) and file[0] != ".":
-                named = match.groupdict(default="")
-                part, domain = named.get("part", ""), named.get("domain", "")
-                part = "ood" if domain else PARTS.get(part.lower(), found.source.part)
+                named = {"part": source.part, "domain": ""} | match.groupdict("")
+                part = "ood" if named["domain"] else PARTS.get(named["part"].lower(), "")
                 cls = unicodedata.normalize("NFC", named["cls"])
-                entries.append((place + file, cls, part, domain))
+                rows.append((path, cls, part, named["domain"]))
             elif file != "classnames.txt":
                 left[os.path.splitext(file)[1] or "no ending" if match else "no class folder"] += 1
     text = ", ".join(f"{n} ({why})" for why, n in left.items() if n)
     found.notes += [f"left out: {text}"] if text and ":" in found.name else []
-    return sorted(entries, key=lambda entry: (entry[1], entry[0]))
+    expected = "CLASS/NAME.jpg" if source.paths == OWN else source.paths
+    require(rows, f"{found.name}: no images in {found.root}; expected are paths {expected}")
+    return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
-def check_parts(found: Found, entries: list[Entry]) -> None:
+def check_parts(found: Found, rows: list[Row]) -> None:
     """Your own images: UserError for parts beside classes, and for too many or too few parts."""
-    deep = [path for path, cls, _, _ in entries if cls.lower() == "ood" and path.count("/") > 1]
-    require(not deep, f"{found.root}/{deep[:1]}: expected are ood/NAME/CLASS/*")
-    pairs = {(path.split("/")[0], part) for path, _, part, _ in entries if part != "ood"}
-    parts = sorted(folder for folder, part in pairs if part)
-    classes = sorted(folder for folder, part in pairs if not part)
-    named = [folder for folder in classes if folder.lower() in PARTS]
-    require(not named, f"{found.root}: images lie in {named}: a class needs another folder name")
+    classes = sorted({cls for _, cls, part, _ in rows if not part})
+    named = [cls for cls in classes if cls.lower() in (*PARTS, "ood")]
+    expected = "needed are train/CLASS/*, ood/NAME/CLASS/*, or another name for the class"
+    require(not named, f"{found.root}: images lie in {named}: {expected}")
+    parts = sorted({path.split("/")[0] for path, _, part, _ in rows if part not in ("", "ood")})
     mixed = f"{found.root} holds {parts[:1]}, a part, and {classes[:1]}, a class: rename one"
     require(not (parts and classes), mixed)
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
@@ -403,37 +395,35 @@ def check_parts(found: Found, entries: list[Entry]) -> None:
     found.notes += [f"the folders {', '.join(parts)} are read as parts"] if parts else []
 
 
-def choose_domains(found: Found, entries: list[Entry], args: argparse.Namespace) -> list[Entry]:
-    """The entries of the domains to train on, and as part "ood" those of the domains to test on."""
-    name, kinds = found.name, found.source.lists
+def choose_domains(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    """The rows of the domains to train on, and as part "ood" those of the domains to test on."""
+    name, lists = found.name, found.source.lists
     given = args.train_domain or (), args.test_domain or ()
     train, test = given if any(given) else found.source.domains
-    if name.startswith("nico") and not (train or test):
-        return hold_out_contexts(found, entries)
-    known = sorted({domain for *_, domain in entries})
-    require(train or test, f"{name}: name --train-domain or --test-domain, of {', '.join(known)}")
+    if name.startswith("nico") and not any(given):
+        found.notes.append("the last 30 % of every class's contexts, by name, are held out")
+        rows = hold_out_contexts(rows)
+    known = sorted({domain for *_, domain in rows})
     train = train or [domain for domain in known if domain not in test]
     test = test or [domain for domain in known if domain not in train]
-    bad = set([*train, *test]) - set(known) | set(train) & set(test)
-    require(train and test and not bad, f"{name}: trains on {train}, tests on {test}, of {known}")
-    if kinds:
-        pairs = [(kind, domain) for kind in kinds for domain in (test if kind == "ood" else train)]
+    good = train and test and {*train, *test} <= {*known} and not {*train} & {*test}
+    advice = f"name --train-domain or --test-domain, of {', '.join(known)}"
+    require(good, f"{name}: trains on {train}, tests on {test}: {advice}")
+    if lists:
+        pairs = [(part, domain) for part in lists for domain in (test if part == "ood" else train)]
         with contextlib.suppress(FileNotFoundError):
-            return sorted(read_lists(found, pairs), key=lambda entry: entry[1].lower())
+            return sorted(read_lists(found, pairs), key=lambda row: row[1].lower())
         found.notes.append("its published lists are not there")
     part = dict.fromkeys(train, "") | dict.fromkeys(test, "ood")
-    return [(path, cls, part[d], d) for path, cls, _, d in entries if d in part]
+    return [(path, cls, part[d], d) for path, cls, _, d in rows if d in part]
 
 
-def hold_out_contexts(found: Found, entries: list[Entry]) -> list[Entry]:
-    """NICO, whose classes have contexts of their own: some of each class's are for testing."""
-    found.notes.append("the last 30 % of every class's contexts, by name, are held out")
-    contexts = collections.defaultdict(set)
-    for _, cls, _, domain in entries:
-        contexts[cls].add(domain)
-    seen = {cls: sorted(own)[: len(own) - round(0.3 * len(own))] for cls, own in contexts.items()}
-    kinds = [("ood", "held-out contexts"), ("", "")]
-    return [(path, cls, *kinds[domain in seen[cls]]) for path, cls, _, domain in entries]
+def hold_out_contexts(rows: list[Row]) -> list[Row]:
+    """NICO's classes have contexts of their own: some of each class's become the other domain."""
+    contexts = group(sorted({(cls, domain) for _, cls, _, domain in rows}), lambda pair: pair[0])
+    seen = {pair for own in contexts.values() for pair in own[: len(own) - round(0.3 * len(own))]}
+    kinds = [HELD_OUT, "seen contexts"]
+    return [(path, cls, part, kinds[(cls, d) in seen]) for path, cls, part, d in rows]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -442,8 +432,6 @@ def class_names(found: Found, classes: set[str]) -> dict[str, str]:
     # DomainNet's labels are in such an order.
     ordered = sorted(classes, key=str.lower if has_domains(found) else None)
     own = Path(found.root, "classnames.txt")
-    if found.name == "fgvc_aircraft":
-        ordered = read_text(find_file(found, "variants.txt")).splitlines()
     if ":" in found.name and own.is_file():
         return read_names(found, own, ordered)
     if found.name.startswith("imagenet") or all(re.fullmatch(r"n\d{8}", cls) for cls in classes):
@@ -487,11 +475,10 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
         found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
     for line in lines:
-        folder, _, text = line.partition("\t")
-        folder = unicodedata.normalize("NFC", folder.strip())
-        fits = text.strip() and folder in folders and folder not in names
+        folder, text = map(str.strip, unicodedata.normalize("NFC", line).partition("\t")[::2])
+        fits = text and folder in folders and folder not in names
         require(fits, f"{file}: {line!r}: needed is FOLDER<tab>NAME, once for each class folder")
-        names[folder] = text.strip()
+        names[folder] = text
     missing = [folder for folder in folders if folder not in names]
     require(not missing, f"{file}: no line for the class folder {missing[:1]}")
     return {folder: names[folder] for folder in folders}
@@ -501,95 +488,79 @@ def check_names(found: Found, names: dict) -> None:
     """Classes that prompts cannot tell apart: their tokens are the same, or none."""
     from open_clip import SimpleTokenizer
 
-    tokenizer, twins = SimpleTokenizer(), collections.defaultdict(list)
+    encode = SimpleTokenizer().encode
+    twins = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
+    same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
     if len(names) < 2:
         found.faults.append(f"there is one class, {[*names.values()]}: two are needed")
-    for text in names.values():
-        twins[tuple(tokenizer.encode(text.replace("_", " ")))].append(text)
-    same = [group for tokens, group in twins.items() if len(group) > 1 or not tokens]
     if found.name.startswith("imagenet"):  # whose own list has such pairs
-        found.notes += [f"classes {group} have one prompt, and stay apart" for group in same]
+        found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
     else:
-        found.faults += [f"classes {group} have one prompt, or no name: rename" for group in same]
+        found.faults += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
 
 
 def split_rest(found: Found) -> None:
     """Parts that nothing on disk gives are ours: the same for every seed, so that all seeds share a
-    test set."""
-    parts, name = found.parts, found.name
-    parts["train"] += parts.pop("")
-    if name == "imagenet" or (name[:7] == "folder:" and parts["val"] and not parts["test"]):
-        parts["test"], parts["val"] = parts["val"], []
-        found.notes.append("its val is the test part")
-    missing = [part for part in ("val", "test") if not parts[part] and parts["train"]]
-    if "test" in missing or (missing and found.ood):
-        shares = dict.fromkeys(missing, 0.1) if found.ood else {"train": 0.5, "val": 0.2}
-        parts |= split_items(parts["train"], shares, found)
-        text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
-        found.notes.append(f"split: ours, {text}, the rest {'train' if found.ood else 'test'}")
-        if found.ood and not parts["test"]:
-            found.faults.append("too few images to split: 6 a class are needed")
-    if parts["train"]:
-        trained = {label for _, label in parts["train"]}
-        extra = [cls for label, cls in enumerate(found.classnames) if label not in trained]
-        told = found.faults if name[:7] == "folder:" or not found.ood else found.notes
-        text = "has no training image: add one, or remove its other images"
-        told += [f"class {cls!r} {text}" for cls in extra]
-
-
-def split_items(items: list[Item], shares: dict[str, float], found: Found) -> dict[str, list[Item]]:
-    """Give every part its share of each class, rounded (CoOp's rule). The rest is the test part
-    where train has a share, and else stays in train.
+    test set. Every part has its share of each class, rounded (CoOp's rule).
 
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
     """
-    parts = {part: [] for part in (*shares, "test" if "train" in shares else "train")}
-    for label, group in by_label(items).items():
-        n = len(group)
-        if n < 4 and "train" in shares:
-            text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
-            found.faults.append(f"{text}: 4 are needed")
-        group.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
-        stops = [0, *itertools.accumulate(round(share * n) for share in shares.values()), n]
-        for part, start, stop in zip(parts, stops, stops[1:]):
-            parts[part] += group[start:stop]
-    return parts
+    sets, name, ood = found.sets, found.name, len(found.sets) > 3
+    if name == "imagenet" or (name[:7] == "folder:" and sets["val", ""] and not sets["test", ""]):
+        sets["test", ""], sets["val", ""] = sets["val", ""], []
+        found.notes.append("its val is the test part")
+    train = group(sets["train", ""], label_of)
+    missing = [part for part in ("val", "test") if not sets[part, ""] and train]
+    if "test" in missing or (missing and ood):
+        shares = dict.fromkeys(missing, 0.1) if ood else {"train": 0.5, "val": 0.2}
+        rest = "train" if ood else "test"
+        text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
+        found.notes.append(f"split: ours, {text}, the rest {rest}")
+        sets |= {(part, ""): [] for part in (*shares, rest)}
+        for label, images in train.items():
+            n = len(images)
+            if n < 4 and not ood:
+                text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
+                found.faults.append(f"{text}: 4 are needed")
+            images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
+            stops = [0, *itertools.accumulate(round(share * n) for share in shares.values()), n]
+            for part, start, stop in zip((*shares, rest), stops, stops[1:]):
+                sets[part, ""] += images[start:stop]
+        if ood and not sets["test", ""]:
+            found.faults.append("too few images to split: 6 a class are needed")
+    untrained = [cls for i, cls in enumerate(found.classnames) if train and i not in train]
+    told = found.notes if has_domains(found) else found.faults
+    text = "has no training image: add one, or remove its other images"
+    told += [f"class {cls!r} {text}" for cls in untrained]
 
 
-def check_overlaps(found: Found, identity: Callable[[str], object], how: str) -> None:
+def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     """A note on images that are there twice, by their identity; a fault where they are both trained
     and tested on."""
-    first, twice = {}, collections.defaultdict(list)
-    for part, items in [*found.parts.items(), *(("test", items) for items in found.ood.values())]:
-        for address, label in items:
-            use = (address, part, label)
-            known = first.setdefault(identity(address), use)
-            if known is not use:
-                twice[known].append(use)
-    uses = [list(zip(known, *more)) for known, more in twice.items()]  # addresses, parts, labels
-    if uses:
-        classes = sum(len(set(labels)) > 1 for _, _, labels in uses)
-        apart = sum(len(set(parts)) > 1 for _, parts, _ in uses)
-        text = f"{len(uses)} images are there {how}, {classes} of them in two classes"
+    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
+    same = group(uses, lambda use: identity.get(use[0], use[0])).values()
+    twice = [list(zip(*uses)) for uses in same if len(uses) > 1]  # addresses, labels, parts
+    if twice:
+        classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
+        apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
+        text = f"{len(twice)} images are there {how}, {classes} of them in two classes"
         found.notes.append(f"{text}, {apart} in two parts")
-    for addresses, parts, _ in uses:
+    for addresses, _, parts in twice:
         path = dict(zip(parts, addresses))
         if {"train", "test"} <= path.keys():
             text = f"{path['train']}, trained on, and {path['test']}, tested on, are one image"
             found.faults.append(f"{text}: remove one")
 
 
-def real_paths() -> Callable[[str], str]:
-    """A function that follows links. Each folder is asked once, and no file: there may be many."""
-    folders = functools.cache(os.path.realpath)
-    links = functools.cache(lambda folder: {e.name for e in os.scandir(folder) if e.is_symlink()})
-
-    def real(address: str) -> str:
-        folder, _, file = address.rpartition("/")
-        path = f"{folders(folder)}/{file}"
-        return os.path.realpath(path) if file in links(folder) else path
-
+def real_paths(found: Found) -> dict[str, str]:
+    """Where links lead. Each folder is asked once, and a file only if it is a link."""
+    real = {}
+    for folder in {os.path.dirname(address) for address, _ in found.items()}:
+        here = os.path.realpath(folder)
+        for file in os.scandir(folder):
+            link = file.is_symlink()
+            real[file.path] = os.path.realpath(file.path) if link else f"{here}/{file.name}"
     return real
 
 
@@ -616,12 +587,16 @@ def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> lis
     return list(parts[:-1] if n >= size and n % size else parts)[: max_steps or None]
 
 
-def by_label(items: list[Item]) -> dict[int, list[Item]]:
-    """{label: its items}, labels in order of first appearance."""
+def group(things: Iterable, key: Callable) -> dict:
+    """{key: the things that have it}, keys in order of first appearance."""
     groups = collections.defaultdict(list)
-    for item in items:
-        groups[item[1]].append(item)
+    for thing in things:
+        groups[key(thing)].append(thing)
     return groups
+
+
+def label_of(item: Item) -> int:
+    return item[1]
 
 
 def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[Item], list[Item]]:
@@ -631,7 +606,7 @@ def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[
     rng = random.Random(seed)
 
     def draw(items: list[Item], k: int) -> list[Item]:
-        groups = by_label(items).values()
+        groups = group(items, label_of).values()
         drawn = [rng.sample(group, k) if len(group) >= k else group for group in groups]
         return list(itertools.chain(*drawn))
 
@@ -687,16 +662,17 @@ def load_task(args: argparse.Namespace) -> Task:
     braces = re.fullmatch(r"[^{}]*\{\}[^{}]*", own or "{}")
     require(braces, f"--template {own!r} needs one {{}}, where the class name goes")
     found = read(name, args)
-    parts, n = found.parts, len(found.classnames)
-    require(parts["train"], f"{name} is for testing only: train on another, with --test-on {name}")
+    sets, n = found.sets, len(found.classnames)
+    require(
+        sets["train", ""], f"{name} is for testing only: train on another, with --test-on {name}"
+    )
     require(args.classes == "all" or n > 3, f"{name}: {n} classes have no base and new half")
     classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
-    drawn = fewshot(parts["train"], parts["val"], args.shots, args.seed)
+    drawn = fewshot(sets["train", ""], sets["val", ""], args.shots, args.seed)
     train, val = (keep_labels(items, range(len(classnames))) for items in drawn)
-    counts = collections.Counter(label for _, label in train)
-    least = min(counts[label] for label in range(len(classnames)))
-    few = least == 0 or (args.shots != "all" and least < args.shots)
-    found.notes += [f"a class has {least} training images, no more"] if few else []
+    least = min(collections.Counter(label for _, label in train).values(), default=0)
+    if args.shots != "all" and least < args.shots:
+        found.notes.append(f"a class has {least} training images, no more")
     template = own or found.source.template
     tests = make_tests(found, args.classes, args.test_part, template)
     anywhere = argparse.Namespace(**vars(args) | {"train_domain": None, "test_domain": None})
@@ -718,11 +694,11 @@ def trained_on(task: Task, lines: list[str]) -> int:
 
 def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:
     """In-distribution first, all classes or base and new; then the other domains."""
-    n = len(found.classnames)
-    half = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
-    tests = []
-    for domain, items in {"": found.parts[part], **(found.ood if part == "test" else {})}.items():
-        for which, labels in ({"all": range(n)} if classes == "all" else half).items():
+    n, tests = len(found.classnames), []
+    halves = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
+    domains = {domain: items for (of, domain), items in found.sets.items() if of == part}
+    for domain, items in domains.items():
+        for which, labels in ({"all": range(n)} if classes == "all" else halves).items():
             names, own = found.classnames[labels.start : labels.stop], keep_labels(items, labels)
             tests += [Test(found.name, domain, which, names, template, own)] if own else []
     require(tests, f"{found.name} has no images in its {part} part")
@@ -773,10 +749,10 @@ def read_image(address: str) -> Image.Image:
                 fits = high <= 1 if image.mode == "F" else 255 < high < 65536
                 wanted = "floats to [0, 1], whole numbers to 8 or 16 bit"
                 require(low >= 0 and fits, f"values {low:g} to {high:g}: scale {wanted}")
-            if image.mode == "F":
-                image = image.point(lambda value: value * 255 + 0.5).convert("L")
-            if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
-                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            if image.mode[0] in "FI":  # also I;16: Pillow would clip all above 255 to white
+                scale, offset = (255, 0.5) if image.mode == "F" else (1 / 256, 0)
+                image = image.convert(image.mode[0]).point(lambda value: value * scale + offset)
+                image = image.convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise UserError(f"{address}: {error or type(error).__name__}") from error
@@ -784,14 +760,11 @@ def read_image(address: str) -> Image.Image:
 
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies where they must not be."""
-
-    def content(address: str) -> object:
-        readable = os.access(address, os.R_OK)  # no link to nothing
-        return hashlib.sha1(Path(address).read_bytes()).digest() if readable else address
-
     if found.root:
+        readable = {address for address, _ in found.items() if os.access(address, os.R_OK)}
+        content = {file: hashlib.sha1(Path(file).read_bytes()).digest() for file in readable}
         check_overlaps(found, content, "as copies")
-    bad = bad_images(itertools.chain(*found.parts.values(), *found.ood.values()))
+    bad = bad_images(found.items())
     found.faults += bad
     found.notes += [] if bad else ["all images can be read"]
 
@@ -862,7 +835,7 @@ LIKE = dict.fromkeys(world.TASKS, "like the 11 datasets of ProGrad and VPT") | {
 
 def describe(found: Found, whole: bool) -> None:
     """A line about a dataset; then its notes, and the images of each class and part."""
-    sets = found.parts | {f"ood {domain}": items for domain, items in found.ood.items()}
+    sets = {" ".join(key).strip(): items for key, items in found.sets.items()}
     sizes = ", ".join(f"{len(items)} {part}" for part, items in sets.items() if items)
     where = LIKE.get(found.name, f"in {found.root}")
     print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; {where}")
