@@ -14,7 +14,6 @@ import argparse
 import collections
 import contextlib
 import errno
-import functools
 import hashlib
 import itertools
 import json
@@ -31,13 +30,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toyclip import world
 
 Item = tuple[str, int]  # (address, label); an address is a path or toy:TASK/PART/INDEX
-Row = tuple[str, str, str, str]  # path below the image folder, class folder, part, domain
+Row = tuple[str, str, str, str]  # address, class folder, part, domain
 ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb
 
@@ -45,6 +43,10 @@ MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb
 # 0. WHAT GOES WRONG: one line and an exit status, and never half a file ---------------------------
 class UserError(Exception):
     """A mistake the user can mend. It is shown as one line, with exit status 2."""
+
+
+class Missing(UserError):
+    """A file that is not there."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,8 +145,9 @@ SOURCES = {
                        "ILSVRC-2012 of image-net.org, unpacked to train/WNID/* and val/WNID/*",
                        paths=f"(?P<part>train|val)/{CLASS}"),
     "caltech101": Source("caltech-101/101_ObjectCategories caltech101/101_ObjectCategories",
-                         "torchvision.Caltech101", split="split_zhou_Caltech101.json"),
-    "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images", "torchvision.OxfordIIITPet",
+                         "torchvision.Caltech101, --download", split="split_zhou_Caltech101.json"),
+    "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images",
+                          "torchvision.OxfordIIITPet, --download",
                           "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.",
                           "split_zhou_OxfordPets.json"),
     "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test with "
@@ -154,18 +157,19 @@ SOURCES = {
                              "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
                              "a photo of a {}, a type of flower.",
                              "a type of flower, a photo of a {}.", "split_zhou_OxfordFlowers.json"),
-    "food101": Source("food-101/images", "torchvision.Food101", "a photo of {}, a type of food.",
-                      "a type of food, a photo of {}.", "split_zhou_Food101.json"),
+    "food101": Source("food-101/images", "torchvision.Food101, --download",
+                      "a photo of {}, a type of food.", "a type of food, a photo of {}.", "split_zhou_Food101.json"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
-                            "torchvision.FGVCAircraft", "a photo of a {}, a type of aircraft.",
-                            "a type of aircraft, a photo of a {}.", paths="(?P<path>.+)",
+                            "torchvision.FGVCAircraft, --download",
+                            "a photo of a {}, a type of aircraft.",
+                            "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
     "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, so that "
                      "SUN397/a/abbey/*.jpg is there", split="split_zhou_SUN397.json"),
-    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD", "{} texture.",
-                  "a texture of {}.", "split_zhou_DescribableTextures.json"),
-    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT", "a centered satellite photo of {}.",
-                      split="split_zhou_EuroSAT.json"),
+    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD, --download",
+                  "{} texture.", "a texture of {}.", "split_zhou_DescribableTextures.json"),
+    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT, --download",
+                      "a centered satellite photo of {}.", split="split_zhou_EuroSAT.json"),
     "ucf101": Source("ucf101/UCF-101-midframes", "UCF-101-midframes.zip, see CoOp's DATASETS.md",
                      "a photo of a person doing {}.", split="split_zhou_UCF101.json"),
     # ImageNet's variants, for testing only
@@ -216,9 +220,7 @@ class Found:
     sets: dict[tuple[str, str], list[Item]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what its user has to know
     faults: list[str] = field(default_factory=list)  # what its user has to mend first
-
-    def items(self) -> list[Item]:
-        return list(itertools.chain(*self.sets.values()))
+    real: dict[str, str] = field(default_factory=dict)  # of every image: where links lead
 
 
 def read(name: str, args: argparse.Namespace) -> Found:
@@ -237,16 +239,21 @@ def find(name: str, args: argparse.Namespace) -> Found:
     found = locate(name, args)
     known = has_domains(found) or not (args.train_domain or args.test_domain)
     require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
-    rows, names = (read_split if found.source.split else read_folders)(found, args)
+    rows = walk(found, args)
+    if found.source.split:
+        rows, names = read_split(found, args)
+    else:
+        rows = read_paths(found, rows, args)
+        names = class_names(found, {cls for _, cls, _, _ in rows})
     check_names(found, names)
     found.classnames = list(names.values())
     found.sets = {(part, ""): [] for part in ("train", "val", "test")}
-    label, root = {cls: i for i, cls in enumerate(names)}, os.path.join(found.root, "")
-    for path, cls, part, domain in rows:
+    label = {cls: i for i, cls in enumerate(names)}
+    for address, cls, part, domain in rows:
         key = ("test", domain) if part == "ood" else (part or "train", "")
-        found.sets.setdefault(key, []).append((root + path, label[cls]))
+        found.sets.setdefault(key, []).append((address, label[cls]))
     split_rest(found)
-    check_overlaps(found, real_paths(found), "under several paths")
+    check_overlaps(found, found.real, "under several paths")
     return found
 
 
@@ -261,18 +268,17 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         root = os.path.expanduser(path)
         require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
         return Found(name, Source(path, paths=OWN if kind == "folder" else OWN_DOMAINS), root)
-    known = ", ".join(["folder:PATH, domains:PATH", *world.TASKS, *SOURCES])
-    require(name in SOURCES, f"no dataset is called {name!r}: use {known}")
+    known = ", ".join([*world.TASKS, *SOURCES])
+    require(name in SOURCES, f"no dataset is called {name!r}: use folder:, domains:PATH, {known}")
     source, data_root = SOURCES[name], os.path.expanduser(args.data_root)
     places = [os.path.join(data_root, place) for place in source.images.split()]
-    fetch = source.get.removeprefix("torchvision.")
-    if args.download and fetch != source.get and not any(map(os.path.isdir, places)):
+    fetch = re.search(r"torchvision\.(\w+), --download", source.get)
+    if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
-        getattr(datasets, fetch)(data_root, download=True)
+        getattr(datasets, fetch[1])(data_root, download=True)
     there = list(filter(os.path.isdir, places))
-    advice = f"get {fetch}" if fetch == source.get else "add --download"
-    require(there, f"{name}: no images in {' or '.join(places)}: {advice}")
+    require(there, f"{name}: no images in {' or '.join(places)}: get {source.get}")
     return Found(name, source, there[0])
 
 
@@ -285,19 +291,15 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
     if url and not path.is_file():
         write(path, urllib.request.urlopen(url).read())
     if not path.is_file():
-        advice = f"{found.name} needs it: try --download, or see CoOp's DATASETS.md"
-        raise FileNotFoundError(errno.ENOENT, advice, path)
+        raise Missing(f"{path} is missing: try --download, or see CoOp's DATASETS.md")
     return path
 
 
-def resolve(found: Found, path: str, where: str) -> str:
-    """A path that a list names, which must be a file below the root."""
-    path = path.replace("\\", "/")
-    inside = path[:1] != "/" and ".." not in path.split("/")
-    require(inside, f"{where}: {path!r} leaves the image folder; such a list is refused")
-    there = os.path.isfile(os.path.join(found.root, path))
-    require(there, f"{where}: {found.root}/{path} is missing: unpack the images again")
-    return path
+def address_of(found: Found, path: str, where: str) -> str:
+    """The address of an image that a list names by its path below the root."""
+    address = os.path.join(found.root, *path.replace("\\", "/").split("/"))
+    require(address in found.real, f"{where}: no image {address}: unpack the images again")
+    return address
 
 
 def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[int, str]]:
@@ -315,21 +317,19 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
             path, label, name = row
             known = names.setdefault(label, name)
             require(known == name, f"{where}: this label is {known!r} before")
-            rows.append((resolve(found, path, where), label, part, ""))
-    labels = sorted(names)
-    require(labels == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {labels[:9]}")
-    return rows, dict(sorted(names.items()))
+            rows.append((address_of(found, path, where), label, part, ""))
+    names = dict(sorted(names.items()))
+    require([*names] == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {[*names]}")
+    return rows, names
 
 
-def read_folders(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """What paths and lists say → rows, {class folder: its name in prompts} in label order."""
-    lists = [] if has_domains(found) else [(part, "") for part in found.source.lists]
-    rows = read_lists(found, lists) if lists else walk(found, args)
+def read_paths(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    """What the paths of the walk and published lists say."""
     if found.source.paths == OWN:
         check_parts(found, rows)
     if has_domains(found):
-        rows = choose_domains(found, rows, args)
-    return rows, class_names(found, {cls for _, cls, _, _ in rows})
+        return choose_domains(found, rows, args)
+    return read_lists(found, [(part, "") for part in found.source.lists]) or rows
 
 
 def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Row]:
@@ -344,50 +344,54 @@ def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Row]:
             require(match, f"{file}, line {i}: {line!r} names no image and class")
             path = match[1] if domain else f"{match[1]}.jpg"
             if path != WRONG:
-                path = resolve(found, path, f"{file}, line {i}")
-                rows.append((path, match["cls"], part, domain))
+                address = address_of(found, path, f"{file}, line {i}")
+                rows.append((address, match["cls"], part, domain))
     return rows
 
 
 def walk(found: Found, args: argparse.Namespace) -> list[Row]:
-    """The images below the root whose paths fit the pattern, class by class. What is left out of
-    your own folders is counted, by reason, in a note."""
-    source, real = found.source, functools.cache(os.path.realpath)
-    own = {real(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
+    """The images below the root whose paths fit the pattern, class by class; all with their real
+    paths. What is left out of your own folders is counted, by reason, in a note."""
+    own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
+    source, start = found.source, len(os.path.join(found.root, ""))
     rows, left, fits = [], collections.Counter(), re.compile(source.paths).fullmatch
-    start = len(os.path.join(found.root, ""))
-    for folder, folders, files in os.walk(found.root, followlinks=True):
-        way = [f"{real(up)}/" for up in (folder, *map(str, Path(folder).parents))]
-        real_sub = {sub: real(os.path.join(folder, sub)) for sub in folders}
-        kept = [s for s in folders if not s.startswith((".", "__")) and real_sub[s] not in own]
-        left["hidden or own folders"] += len(folders) - len(kept)
-        # A link to a folder on the way would have no end.
-        folders[:] = [s for s in kept if not any(up.startswith(f"{real_sub[s]}/") for up in way)]
-        for file in files:
-            path = os.path.join(folder, file)[start:].replace(os.sep, "/")
-            match = fits(path)
-            if match and file.lower().endswith(ENDINGS) and file[0] != ".":
-                named = {"part": source.part, "domain": ""} | match.groupdict("")
-                part = "ood" if named["domain"] else PARTS.get(named["part"].lower(), "")
-                cls = unicodedata.normalize("NFC", named["cls"])
-                rows.append((path, cls, part, named["domain"]))
-            elif file != "classnames.txt":
-                left[os.path.splitext(file)[1] or "no ending" if match else "no class folder"] += 1
+    folders = [(found.root, [os.path.realpath(found.root)])]  # and the real paths on the way there
+    for folder, way in folders:
+        for file in os.scandir(folder):
+            real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
+            if file.is_dir():
+                if file.name.startswith((".", "__")) or real in own:
+                    left["hidden or own folders"] += 1
+                elif not any(f"{up}/".startswith(f"{real}/") for up in way):  # it would have no end
+                    folders.append((file.path, [*way, real]))
+            elif file.name.lower().endswith(ENDINGS) and file.name[0] != ".":
+                found.real[file.path] = real
+                match = fits(file.path[start:].replace(os.sep, "/"))
+                if match:
+                    named = {"part": source.part, "domain": ""} | match.groupdict("")
+                    part = "ood" if named["domain"] else PARTS.get(named["part"].lower(), "")
+                    cls = unicodedata.normalize("NFC", named["cls"])
+                    rows.append((file.path, cls, part, named["domain"]))
+                left["no class folder"] += not match
+            elif file.name != "classnames.txt":
+                left[os.path.splitext(file.name)[1] or "no ending"] += 1
     text = ", ".join(f"{n} ({why})" for why, n in left.items() if n)
     found.notes += [f"left out: {text}"] if text and ":" in found.name else []
     expected = "CLASS/NAME.jpg" if source.paths == OWN else source.paths
-    require(rows, f"{found.name}: no images in {found.root}; expected are paths {expected}")
+    require(
+        rows or not source.paths,
+        f"{found.name}: no images in {found.root}; expected are paths {expected}",
+    )
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def check_parts(found: Found, rows: list[Row]) -> None:
     """Your own images: UserError for parts beside classes, and for too many or too few parts."""
+    tops = {below(row[0], found.root).split("/")[0] for row in rows if row[2] != "ood"}
+    parts = sorted(top for top in tops if top.lower() in (*PARTS, "ood"))
     classes = sorted({cls for _, cls, part, _ in rows if not part})
-    named = [cls for cls in classes if cls.lower() in (*PARTS, "ood")]
-    expected = "needed are train/CLASS/*, ood/NAME/CLASS/*, or another name for the class"
-    require(not named, f"{found.root}: images lie in {named}: {expected}")
-    parts = sorted({path.split("/")[0] for path, _, part, _ in rows if part not in ("", "ood")})
-    mixed = f"{found.root} holds {parts[:1]}, a part, and {classes[:1]}, a class: rename one"
+    advice = "a class needs another folder name, a part PART/CLASS/*, ood/NAME/CLASS/*"
+    mixed = f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: {advice}"
     require(not (parts and classes), mixed)
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     good = kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
@@ -553,17 +557,6 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
             found.faults.append(f"{text}: remove one")
 
 
-def real_paths(found: Found) -> dict[str, str]:
-    """Where links lead. Each folder is asked once, and a file only if it is a link."""
-    real = {}
-    for folder in {os.path.dirname(address) for address, _ in found.items()}:
-        here = os.path.realpath(folder)
-        for file in os.scandir(folder):
-            link = file.is_symlink()
-            real[file.path] = os.path.realpath(file.path) if link else f"{here}/{file.name}"
-    return real
-
-
 def below(address: str, root: str) -> str:
     """An address without its root, the same wherever the dataset lies."""
     path = address[len(root) :].lstrip(os.sep).replace(os.sep, "/")
@@ -580,7 +573,7 @@ def generator(seed: int, purpose: str, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed(seed, purpose, *where))
 
 
-def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[Tensor]:
+def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[torch.Tensor]:
     """Shuffled batches of positions, at most max_steps (0: all). As released, the partial batch is
     dropped if a full one exists."""
     parts = torch.randperm(n, generator=generator(seed, "order", epoch)).split(size)
