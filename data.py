@@ -37,7 +37,6 @@ from toyclip import world
 Item = tuple[str, int]  # (address, label); an address is a path or toy:TASK/PART/INDEX
 Row = tuple[str, str, str, str]  # address, class folder, part, domain
 ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
-MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb
 
 
 # 0. WHAT GOES WRONG: one line and an exit status, and never half a file ---------------------------
@@ -126,7 +125,7 @@ class Source:
     template: str = "a photo of a {}."  # zero-shot CLIP's: CoOp's, for the last five ProReg's
     teacher: str = ""  # ProGrad's, with the class last, where it differs
     split: str = ""  # CoOp's file {"train": [[path, label, class name], ..], "val": .., "test": ..}
-    paths: str = ""  # or a pattern that reads class, part and domain off an image's path
+    paths: str = ".+"  # or a pattern that reads class, part and domain off an image's path
     part: str = ""  # what all images are where paths do not say so: "test" of sets to test on
     lists: dict[str, str] = field(default_factory=dict)  # published lists of the images of a part
     domains: tuple[tuple, tuple] = ((), ())  # to train and test on without flags; (): the others
@@ -158,7 +157,8 @@ SOURCES = {
                              "a photo of a {}, a type of flower.",
                              "a type of flower, a photo of a {}.", "split_zhou_OxfordFlowers.json"),
     "food101": Source("food-101/images", "torchvision.Food101, --download",
-                      "a photo of {}, a type of food.", "a type of food, a photo of {}.", "split_zhou_Food101.json"),
+                      "a photo of {}, a type of food.", "a type of food, a photo of {}.",
+                      "split_zhou_Food101.json"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
                             "torchvision.FGVCAircraft, --download",
                             "a photo of a {}, a type of aircraft.",
@@ -199,7 +199,6 @@ SOURCES = {
                         lists={"train": "{}_train.txt", "test": "{}_test.txt",
                                "ood": "{}_test.txt"}),
 }
-WRONG = "sketch/dog/n02103406_4068-1.png"  # an entry of PACS's lists that Dassl leaves out, too
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "val", "valid": "val", "validation": "val"}
 OWN = rf"((?i:ood)/(?P<domain>[^/]+)/|(?P<part>(?i:{'|'.join(PARTS)}))/)?{CLASS}"
@@ -239,18 +238,18 @@ def find(name: str, args: argparse.Namespace) -> Found:
     found = locate(name, args)
     known = has_domains(found) or not (args.train_domain or args.test_domain)
     require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
-    rows = walk(found, args)
+    walked = walk(found, args)
     if found.source.split:
         rows, names = read_split(found, args)
     else:
-        rows = read_paths(found, rows, args)
+        rows = read_paths(found, walked, args)
         names = class_names(found, {cls for _, cls, _, _ in rows})
     check_names(found, names)
     found.classnames = list(names.values())
     found.sets = {(part, ""): [] for part in ("train", "val", "test")}
     label = {cls: i for i, cls in enumerate(names)}
     for address, cls, part, domain in rows:
-        key = ("test", domain) if part == "ood" else (part or "train", "")
+        key = ("test", domain) if domain else (PARTS.get(part.lower(), "train"), "")
         found.sets.setdefault(key, []).append((address, label[cls]))
     split_rest(found)
     check_overlaps(found, found.real, "under several paths")
@@ -286,8 +285,9 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
     root, above = Path(found.root), Path(found.root).parent
     near = [above, root, above / "splits", root / "splits", above.parent / "imagenet"]
-    paths = [place / file for place in (*near, above / "imagenet")]
-    path = next(filter(Path.is_file, paths), paths[0])
+    path = next(
+        (p / file for p in [*near, above / "imagenet"] if (p / file).is_file()), above / file
+    )
     if url and not path.is_file():
         write(path, urllib.request.urlopen(url).read())
     if not path.is_file():
@@ -323,13 +323,16 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
     return rows, names
 
 
-def read_paths(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
-    """What the paths of the walk and published lists say."""
-    if found.source.paths == OWN:
-        check_parts(found, rows)
+def read_paths(found: Found, walked: list[Row], args: argparse.Namespace) -> list[Row]:
+    """What the paths of the images say, or published lists; a domain only of what is not trained
+    on."""
     if has_domains(found):
-        return choose_domains(found, rows, args)
-    return read_lists(found, [(part, "") for part in found.source.lists]) or rows
+        return choose_domains(found, walked, args)
+    if found.source.lists:
+        return read_lists(found, [(part, "") for part in found.source.lists])
+    if found.source.paths == OWN:
+        check_parts(found, walked)
+    return walked
 
 
 def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Row]:
@@ -340,54 +343,49 @@ def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Row]:
         file = find_file(found, found.source.lists[part].format(domain))
         pattern = rf"({found.source.paths}) \d+" if domain else "([^ ]+) (?P<cls>.+)"
         for i, line in enumerate(read_text(file).splitlines(), 1):
-            match = re.fullmatch(pattern, line.strip())
-            require(match, f"{file}, line {i}: {line!r} names no image and class")
+            match, where = re.fullmatch(pattern, line.strip()), f"{file}, line {i}"
+            require(match, f"{where}: {line!r} names no image and class")
             path = match[1] if domain else f"{match[1]}.jpg"
-            if path != WRONG:
-                address = address_of(found, path, f"{file}, line {i}")
-                rows.append((address, match["cls"], part, domain))
+            if path != "sketch/dog/n02103406_4068-1.png":  # Dassl leaves it out of PACS, too
+                address, other = address_of(found, path, where), domain * (part == "ood")
+                rows.append((address, match["cls"], part, other))
     return rows
 
 
 def walk(found: Found, args: argparse.Namespace) -> list[Row]:
-    """The images below the root whose paths fit the pattern, class by class; all with their real
-    paths. What is left out of your own folders is counted, by reason, in a note."""
+    """The images below the root whose paths fit the pattern, class by class; the real paths of all.
+    What is left out of your own folders is counted, by reason, in a note."""
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
-    source, start = found.source, len(os.path.join(found.root, ""))
-    rows, left, fits = [], collections.Counter(), re.compile(source.paths).fullmatch
+    rows, left, source = [], collections.Counter(), found.source
     folders = [(found.root, [os.path.realpath(found.root)])]  # and the real paths on the way there
     for folder, way in folders:
         for file in os.scandir(folder):
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
+            match = re.fullmatch(source.paths, below(file.path, found.root))
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
                     left["hidden or own folders"] += 1
                 elif not any(f"{up}/".startswith(f"{real}/") for up in way):  # it would have no end
                     folders.append((file.path, [*way, real]))
-            elif file.name.lower().endswith(ENDINGS) and file.name[0] != ".":
+            elif not file.name.lower().endswith(ENDINGS) or file.name[0] == ".":
+                left[os.path.splitext(file.name)[1] or "no ending"] += file.name != "classnames.txt"
+            elif match:
+                said = {"cls": "", "part": source.part, "domain": ""} | match.groupdict("")
+                rows.append((file.path, said["cls"], said["part"], said["domain"]))
                 found.real[file.path] = real
-                match = fits(file.path[start:].replace(os.sep, "/"))
-                if match:
-                    named = {"part": source.part, "domain": ""} | match.groupdict("")
-                    part = "ood" if named["domain"] else PARTS.get(named["part"].lower(), "")
-                    cls = unicodedata.normalize("NFC", named["cls"])
-                    rows.append((file.path, cls, part, named["domain"]))
-                left["no class folder"] += not match
-            elif file.name != "classnames.txt":
-                left[os.path.splitext(file.name)[1] or "no ending"] += 1
-    text = ", ".join(f"{n} ({why})" for why, n in left.items() if n)
+            else:
+                left["no class folder"] += 1
+    text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()) if n)
     found.notes += [f"left out: {text}"] if text and ":" in found.name else []
     expected = "CLASS/NAME.jpg" if source.paths == OWN else source.paths
-    require(
-        rows or not source.paths,
-        f"{found.name}: no images in {found.root}; expected are paths {expected}",
-    )
+    require(rows, f"{found.name}: no images in {found.root}; expected are paths {expected}")
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def check_parts(found: Found, rows: list[Row]) -> None:
     """Your own images: UserError for parts beside classes, and for too many or too few parts."""
-    tops = {below(row[0], found.root).split("/")[0] for row in rows if row[2] != "ood"}
+    rows = [row for row in rows if not row[3]]
+    tops = {below(address, found.root).split("/")[0] for address, _, _, _ in rows}
     parts = sorted(top for top in tops if top.lower() in (*PARTS, "ood"))
     classes = sorted({cls for _, cls, part, _ in rows if not part})
     advice = "a class needs another folder name, a part PART/CLASS/*, ood/NAME/CLASS/*"
@@ -400,7 +398,7 @@ def check_parts(found: Found, rows: list[Row]) -> None:
 
 
 def choose_domains(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
-    """The rows of the domains to train on, and as part "ood" those of the domains to test on."""
+    """The rows of the domains to train on, and with their domain those of the ones to test on."""
     name, lists = found.name, found.source.lists
     given = args.train_domain or (), args.test_domain or ()
     train, test = given if any(given) else found.source.domains
@@ -415,19 +413,19 @@ def choose_domains(found: Found, rows: list[Row], args: argparse.Namespace) -> l
     require(good, f"{name}: trains on {train}, tests on {test}: {advice}")
     if lists:
         pairs = [(part, domain) for part in lists for domain in (test if part == "ood" else train)]
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(Missing):
             return sorted(read_lists(found, pairs), key=lambda row: row[1].lower())
         found.notes.append("its published lists are not there")
-    part = dict.fromkeys(train, "") | dict.fromkeys(test, "ood")
-    return [(path, cls, part[d], d) for path, cls, _, d in rows if d in part]
+    other = dict.fromkeys(train, "") | {domain: domain for domain in test}
+    return [(address, cls, part, other[d]) for address, cls, part, d in rows if d in other]
 
 
 def hold_out_contexts(rows: list[Row]) -> list[Row]:
-    """NICO's classes have contexts of their own: some of each class's become the other domain."""
-    contexts = group(sorted({(cls, domain) for _, cls, _, domain in rows}), lambda pair: pair[0])
+    """NICO, whose classes have contexts of their own: some of each class's are for testing."""
+    contexts = group(sorted({(cls, context) for _, cls, _, context in rows}), lambda pair: pair[0])
     seen = {pair for own in contexts.values() for pair in own[: len(own) - round(0.3 * len(own))]}
-    kinds = [HELD_OUT, "seen contexts"]
-    return [(path, cls, part, kinds[(cls, d) in seen]) for path, cls, part, d in rows]
+    kind = {True: "seen contexts", False: HELD_OUT}
+    return [(address, cls, part, kind[(cls, c) in seen]) for address, cls, part, c in rows]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -452,23 +450,21 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
 
     names = dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES))
     file = "open_clip, for the sorted WordNet ids"
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(Missing):
         file = find_file(found, "classnames.txt")
         names = dict(line.partition(" ")[::2] for line in read_text(file).strip().splitlines())
-    if "0" in classes:
-        names = {str(i): text for i, text in enumerate(names.values())}
-    unknown = {cls: cls for cls in classes if cls not in names}
+    names |= {str(i): text for i, text in enumerate(names.values())}
+    unknown = [cls for cls in classes if cls not in names]
     known = not unknown or ":" in found.name
-    require(known, f"{found.root}: the folder {[*unknown][:1]} has no name in {file}")
-    rest = f"; {len(unknown)} ids that it lacks stay as they are" if unknown else ""
-    found.notes.append(f"class names are from {file}{rest}")
-    return {cls: text for cls, text in (names | unknown).items() if cls in classes}
+    require(known, f"{found.root}: the folder {unknown[:1]} has no name in {file}")
+    found.notes.append(f"class names are from {file}, but for {len(unknown)} ids that it lacks")
+    return {cls: names.get(cls, cls) for cls in [*names, *unknown] if cls in classes}
 
 
 def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
     folders in order, where it is clear which order: not for 1, 10, 2."""
-    names, lines = {}, list(filter(str.strip, read_text(file).splitlines()))
+    lines = [unicodedata.normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
     starts = tuple(folder + sign for folder in folders for sign in " ,;:=")
     if not any("\t" in line or line.startswith(starts) for line in lines):
         natural = sorted(folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text))
@@ -478,14 +474,12 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
         require(clear, f"{file}: {text} or {folders[:3]} ..? Write FOLDER<tab>NAME")
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
         found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
-    for line in lines:
-        folder, text = map(str.strip, unicodedata.normalize("NFC", line).partition("\t")[::2])
-        fits = text and folder in folders and folder not in names
-        require(fits, f"{file}: {line!r}: needed is FOLDER<tab>NAME, once for each class folder")
-        names[folder] = text
-    missing = [folder for folder in folders if folder not in names]
-    require(not missing, f"{file}: no line for the class folder {missing[:1]}")
-    return {folder: names[folder] for folder in folders}
+    lines_of = group(lines, lambda line: line.partition("\t")[0].strip())
+    wrong = [cls for cls in [*lines_of, *folders] if (cls in folders) != len(lines_of[cls])]
+    require(
+        not wrong, f"{file}: {wrong[:1]}: needed is FOLDER<tab>NAME, once for each class folder"
+    )
+    return {folder: lines_of[folder][0].partition("\t")[2].strip() for folder in folders}
 
 
 def check_names(found: Found, names: dict) -> None:
@@ -497,10 +491,8 @@ def check_names(found: Found, names: dict) -> None:
     same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
     if len(names) < 2:
         found.faults.append(f"there is one class, {[*names.values()]}: two are needed")
-    if found.name.startswith("imagenet"):  # whose own list has such pairs
-        found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
-    else:
-        found.faults += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
+    told = found.notes if found.name.startswith("imagenet") else found.faults  # as published
+    told += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
 
 
 def split_rest(found: Found) -> None:
@@ -514,28 +506,28 @@ def split_rest(found: Found) -> None:
     if name == "imagenet" or (name[:7] == "folder:" and sets["val", ""] and not sets["test", ""]):
         sets["test", ""], sets["val", ""] = sets["val", ""], []
         found.notes.append("its val is the test part")
-    train = group(sets["train", ""], label_of)
+    train = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if not sets[part, ""] and train]
     if "test" in missing or (missing and ood):
-        shares = dict.fromkeys(missing, 0.1) if ood else {"train": 0.5, "val": 0.2}
-        rest = "train" if ood else "test"
+        rest = {"train": 1} if ood else {"test": 1}
+        shares = (dict.fromkeys(missing, 0.1) if ood else {"train": 0.5, "val": 0.2}) | rest
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
-        found.notes.append(f"split: ours, {text}, the rest {rest}")
-        sets |= {(part, ""): [] for part in (*shares, rest)}
+        found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
+        sets |= {(part, ""): [] for part in shares}
         for label, images in train.items():
-            n = len(images)
+            n, cls = len(images), found.classnames[label]
             if n < 4 and not ood:
-                text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
-                found.faults.append(f"{text}: 4 are needed")
+                fault = f"{n} images of class {cls!r} cannot be split 50/20/30: 4 are needed"
+                found.faults.append(fault)
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
-            stops = [0, *itertools.accumulate(round(share * n) for share in shares.values()), n]
-            for part, start, stop in zip((*shares, rest), stops, stops[1:]):
+            stops = itertools.accumulate((round(share * n) for share in shares.values()), initial=0)
+            for part, (start, stop) in zip(shares, itertools.pairwise(stops)):
                 sets[part, ""] += images[start:stop]
         if ood and not sets["test", ""]:
             found.faults.append("too few images to split: 6 a class are needed")
-    untrained = [cls for i, cls in enumerate(found.classnames) if train and i not in train]
     told = found.notes if has_domains(found) else found.faults
     text = "has no training image: add one, or remove its other images"
+    untrained = [cls for i, cls in enumerate(found.classnames) if train and i not in train]
     told += [f"class {cls!r} {text}" for cls in untrained]
 
 
@@ -559,8 +551,7 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
 
 def below(address: str, root: str) -> str:
     """An address without its root, the same wherever the dataset lies."""
-    path = address[len(root) :].lstrip(os.sep).replace(os.sep, "/")
-    return unicodedata.normalize("NFC", path)
+    return unicodedata.normalize("NFC", address[len(root) :].replace(os.sep, "/").lstrip("/"))
 
 
 # 4. DRAWS: each is a pure function of its seed, so that no generator's state has to be saved ------
@@ -588,10 +579,6 @@ def group(things: Iterable, key: Callable) -> dict:
     return groups
 
 
-def label_of(item: Item) -> int:
-    return item[1]
-
-
 def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[Item], list[Item]]:
     """CoOp's draw, image for image: one generator; class by class in order of first appearance;
     train first, then val with min(shots, 4). A class with fewer images gives all it has.
@@ -599,7 +586,7 @@ def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[
     rng = random.Random(seed)
 
     def draw(items: list[Item], k: int) -> list[Item]:
-        groups = group(items, label_of).values()
+        groups = group(items, lambda item: item[1]).values()
         drawn = [rng.sample(group, k) if len(group) >= k else group for group in groups]
         return list(itertools.chain(*drawn))
 
@@ -674,8 +661,9 @@ def load_task(args: argparse.Namespace) -> Task:
         tests += make_tests(target, "all", args.test_part, target.source.template)
         found.notes += target.notes
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
-    texts = classnames, template, own or found.source.teacher or template
-    return Task(name, *texts, train, val, tests, found.notes, lines, found.root)
+    teacher = own or found.source.teacher or template
+    images = train, val, tests
+    return Task(name, classnames, template, teacher, *images, found.notes, lines, found.root)
 
 
 def trained_on(task: Task, lines: list[str]) -> int:
@@ -732,9 +720,9 @@ def read_image(address: str) -> Image.Image:
     try:
         with Image.open(address) as image:
             short, long = sorted(image.size)
-            limit = f"the limits are {MAX_PIXELS:,}, and 200 times as long as wide: shrink it"
-            fits = short * long <= MAX_PIXELS and long <= 200 * short
-            require(fits, f"{short} x {long} pixels; {limit}")
+            fits = short * long <= Image.MAX_IMAGE_PIXELS and long <= 200 * short
+            limit = f"{Image.MAX_IMAGE_PIXELS:,}, and 200 times as long as wide"
+            require(fits, f"{short} x {long} pixels; the limits are {limit}: shrink it")
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("F", "I"):
@@ -753,11 +741,11 @@ def read_image(address: str) -> Image.Image:
 
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies where they must not be."""
-    if found.root:
-        readable = {address for address, _ in found.items() if os.access(address, os.R_OK)}
-        content = {file: hashlib.sha1(Path(file).read_bytes()).digest() for file in readable}
-        check_overlaps(found, content, "as copies")
-    bad = bad_images(found.items())
+    items = list(itertools.chain(*found.sets.values()))
+    files = [file for file, _ in items if os.access(file, os.R_OK)]  # no link to nothing, no toy
+    content = {file: hashlib.sha1(Path(file).read_bytes()).digest() for file in files}
+    check_overlaps(found, content, "as copies")
+    bad = bad_images(items)
     found.faults += bad
     found.notes += [] if bad else ["all images can be read"]
 
@@ -844,8 +832,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("--dataset", "--data-root", "--download", "--train-domain", "--test-domain"):
         parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
-    parser.set_defaults(data_root="data")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
     if args.dataset:
         found = find(args.dataset, args)
         if args.check_images:
@@ -858,10 +845,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in [*world.TASKS, *SOURCES]:
         try:
             describe(read(name, args), False)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"{name:30} {str(error).removeprefix(f'{name}: ')}")
-        except OSError as error:
-            print(f"{name:30} {explain(error)[1]}")
 
 
 if __name__ == "__main__":
