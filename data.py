@@ -225,8 +225,8 @@ class Found:
 def read(name: str, args: argparse.Namespace) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and which domains are what."""
     found = find(name, args)
-    first = "; ".join(found.faults[:5])
-    require(not found.faults, f"{found.root} has {len(found.faults)} faults: {first}")
+    n = len(found.faults)
+    require(n == 0, f"{found.root} has {n} faults: {'; '.join(found.faults[:5])}")
     return found
 
 
@@ -238,11 +238,11 @@ def find(name: str, args: argparse.Namespace) -> Found:
     found = locate(name, args)
     known = has_domains(found) or not (args.train_domain or args.test_domain)
     require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
-    walked = walk(found, args)
+    rows = walk(found, args)
     if found.source.split:
         rows, names = read_split(found, args)
     else:
-        rows = read_paths(found, walked, args)
+        rows = choose_rows(found, rows, args)
         names = class_names(found, {cls for _, cls, _, _ in rows})
     check_names(found, names)
     found.classnames = list(names.values())
@@ -284,10 +284,9 @@ def locate(name: str, args: argparse.Namespace) -> Found:
 def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
     root, above = Path(found.root), Path(found.root).parent
-    near = [above, root, above / "splits", root / "splits", above.parent / "imagenet"]
-    path = next(
-        (p / file for p in [*near, above / "imagenet"] if (p / file).is_file()), above / file
-    )
+    near = [above, root, above / "splits", root / "splits", above / "imagenet"]
+    there = [place / file for place in [*near, above.parent / "imagenet"]]
+    path = next(filter(Path.is_file, there), above / file)
     if url and not path.is_file():
         write(path, urllib.request.urlopen(url).read())
     if not path.is_file():
@@ -323,33 +322,19 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
     return rows, names
 
 
-def read_paths(found: Found, walked: list[Row], args: argparse.Namespace) -> list[Row]:
-    """What the paths of the images say, or published lists; a domain only of what is not trained
-    on."""
-    if has_domains(found):
-        return choose_domains(found, walked, args)
-    if found.source.lists:
-        return read_lists(found, [(part, "") for part in found.source.lists])
-    if found.source.paths == OWN:
-        check_parts(found, walked)
-    return walked
-
-
-def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Row]:
-    """Of each (part, domain) the text file that names an image a line: "1025794 707-320", or of a
-    domain "sketch/dog/1.png 1"."""
-    rows = []
-    for part, domain in pairs:
-        file = find_file(found, found.source.lists[part].format(domain))
-        pattern = rf"({found.source.paths}) \d+" if domain else "([^ ]+) (?P<cls>.+)"
+def read_lists(found: Found, rows: list[Row], lists: list[tuple[str, str, str]]) -> list[Row]:
+    """The rows that published lists name. A list is (file, part, domain) and has an image a line:
+    "sketch/dog/1.png 1", or where the path does not say the class "1025794 707-320"."""
+    classes, listed = {address: cls for address, cls, _, _ in rows}, []
+    for name, part, domain in lists:
+        file = find_file(found, name)
         for i, line in enumerate(read_text(file).splitlines(), 1):
-            match, where = re.fullmatch(pattern, line.strip()), f"{file}, line {i}"
-            require(match, f"{where}: {line!r} names no image and class")
-            path = match[1] if domain else f"{match[1]}.jpg"
+            path, _, label = line.strip().partition(" ")
+            path = f"{path}.jpg" if path.isdigit() else path
             if path != "sketch/dog/n02103406_4068-1.png":  # Dassl leaves it out of PACS, too
-                address, other = address_of(found, path, where), domain * (part == "ood")
-                rows.append((address, match["cls"], part, other))
-    return rows
+                address = address_of(found, path, f"{file}, line {i}")
+                listed.append((address, classes[address] or label, part, domain))
+    return listed
 
 
 def walk(found: Found, args: argparse.Namespace) -> list[Row]:
@@ -397,9 +382,13 @@ def check_parts(found: Found, rows: list[Row]) -> None:
     found.notes += [f"the folders {', '.join(parts)} are read as parts"] if parts else []
 
 
-def choose_domains(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
-    """The rows of the domains to train on, and with their domain those of the ones to test on."""
+def choose_rows(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    """The rows of the domains to train on, now without a domain, and of those to test on."""
     name, lists = found.name, found.source.lists
+    if found.source.paths == OWN:
+        check_parts(found, rows)
+    if not has_domains(found):
+        return read_lists(found, rows, [(lists[part], part, "") for part in lists]) or rows
     given = args.train_domain or (), args.test_domain or ()
     train, test = given if any(given) else found.source.domains
     if name.startswith("nico") and not any(given):
@@ -411,12 +400,15 @@ def choose_domains(found: Found, rows: list[Row], args: argparse.Namespace) -> l
     good = train and test and {*train, *test} <= {*known} and not {*train} & {*test}
     advice = f"name --train-domain or --test-domain, of {', '.join(known)}"
     require(good, f"{name}: trains on {train}, tests on {test}: {advice}")
-    if lists:
-        pairs = [(part, domain) for part in lists for domain in (test if part == "ood" else train)]
-        with contextlib.suppress(Missing):
-            return sorted(read_lists(found, pairs), key=lambda row: row[1].lower())
-        found.notes.append("its published lists are not there")
     other = dict.fromkeys(train, "") | {domain: domain for domain in test}
+    if lists:
+        wanted = [(part, d) for part in lists for d in (test if part == "ood" else train)]
+        files = [
+            (lists[part].format(d), part, other[d] if part == "ood" else "") for part, d in wanted
+        ]
+        with contextlib.suppress(Missing):
+            return sorted(read_lists(found, rows, files), key=lambda row: row[1].lower())
+        found.notes.append("its published lists are not there")
     return [(address, cls, part, other[d]) for address, cls, part, d in rows if d in other]
 
 
