@@ -402,10 +402,8 @@ def choose_rows(found: Found, rows: list[Row], args: argparse.Namespace) -> list
     require(good, f"{name}: trains on {train}, tests on {test}: {advice}")
     other = dict.fromkeys(train, "") | {domain: domain for domain in test}
     if lists:
-        wanted = [(part, d) for part in lists for d in (test if part == "ood" else train)]
-        files = [
-            (lists[part].format(d), part, other[d] if part == "ood" else "") for part, d in wanted
-        ]
+        of = {part: test if part == "ood" else train for part in lists}
+        files = [(lists[part].format(d), part, other[d]) for part in lists for d in of[part]]
         with contextlib.suppress(Missing):
             return sorted(read_lists(found, rows, files), key=lambda row: row[1].lower())
         found.notes.append("its published lists are not there")
@@ -416,8 +414,7 @@ def hold_out_contexts(rows: list[Row]) -> list[Row]:
     """NICO, whose classes have contexts of their own: some of each class's are for testing."""
     contexts = group(sorted({(cls, context) for _, cls, _, context in rows}), lambda pair: pair[0])
     seen = {pair for own in contexts.values() for pair in own[: len(own) - round(0.3 * len(own))]}
-    kind = {True: "seen contexts", False: HELD_OUT}
-    return [(address, cls, part, kind[(cls, c) in seen]) for address, cls, part, c in rows]
+    return [(*row[:3], "seen" if (row[1], row[3]) in seen else HELD_OUT) for row in rows]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -467,7 +464,8 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
         found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
     lines_of = group(lines, lambda line: line.partition("\t")[0].strip())
-    wrong = [cls for cls in [*lines_of, *folders] if (cls in folders) != len(lines_of[cls])]
+    wrong = [cls for cls in lines_of if cls not in folders or len(lines_of[cls]) > 1]
+    wrong += [cls for cls in folders if cls not in lines_of]
     require(
         not wrong, f"{file}: {wrong[:1]}: needed is FOLDER<tab>NAME, once for each class folder"
     )
@@ -501,8 +499,8 @@ def split_rest(found: Found) -> None:
     train = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if not sets[part, ""] and train]
     if "test" in missing or (missing and ood):
-        rest = {"train": 1} if ood else {"test": 1}
-        shares = (dict.fromkeys(missing, 0.1) if ood else {"train": 0.5, "val": 0.2}) | rest
+        halves = {"train": 0.5, "val": 0.2, "test": 1}
+        shares = dict.fromkeys(missing, 0.1) | {"train": 1} if ood else halves
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
@@ -517,10 +515,10 @@ def split_rest(found: Found) -> None:
                 sets[part, ""] += images[start:stop]
         if ood and not sets["test", ""]:
             found.faults.append("too few images to split: 6 a class are needed")
-    told = found.notes if has_domains(found) else found.faults
-    text = "has no training image: add one, or remove its other images"
     untrained = [cls for i, cls in enumerate(found.classnames) if train and i not in train]
-    told += [f"class {cls!r} {text}" for cls in untrained]
+    advice = "has no training image: add one, or remove its other images"
+    told = found.notes if has_domains(found) else found.faults
+    told += [f"class {cls!r} {advice}" for cls in untrained]
 
 
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
@@ -532,13 +530,17 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     if twice:
         classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
         apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-        text = f"{len(twice)} images are there {how}, {classes} of them in two classes"
-        found.notes.append(f"{text}, {apart} in two parts")
+        found.notes.append(
+            f"{len(twice)} images are there {how}, {classes} of them in two classes, "
+            f"{apart} in two parts"
+        )
     for addresses, _, parts in twice:
         path = dict(zip(parts, addresses))
         if {"train", "test"} <= path.keys():
-            text = f"{path['train']}, trained on, and {path['test']}, tested on, are one image"
-            found.faults.append(f"{text}: remove one")
+            found.faults.append(
+                f"{path['train']}, trained on, and {path['test']}, tested on, are one image: "
+                "remove one"
+            )
 
 
 def below(address: str, root: str) -> str:
@@ -654,8 +656,9 @@ def load_task(args: argparse.Namespace) -> Task:
         found.notes += target.notes
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
     teacher = own or found.source.teacher or template
-    images = train, val, tests
-    return Task(name, classnames, template, teacher, *images, found.notes, lines, found.root)
+    return Task(
+        name, classnames, template, teacher, train, val, tests, found.notes, lines, found.root
+    )
 
 
 def trained_on(task: Task, lines: list[str]) -> int:
@@ -713,8 +716,8 @@ def read_image(address: str) -> Image.Image:
         with Image.open(address) as image:
             short, long = sorted(image.size)
             fits = short * long <= Image.MAX_IMAGE_PIXELS and long <= 200 * short
-            limit = f"{Image.MAX_IMAGE_PIXELS:,}, and 200 times as long as wide"
-            require(fits, f"{short} x {long} pixels; the limits are {limit}: shrink it")
+            limits = f"{Image.MAX_IMAGE_PIXELS:,}, and 200 times as long as wide"
+            require(fits, f"{short} x {long} pixels; the limits are {limits}: shrink it")
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("F", "I"):
