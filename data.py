@@ -225,8 +225,8 @@ class Found:
 def read(name: str, args: argparse.Namespace) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and which domains are what."""
     found = find(name, args)
-    n = len(found.faults)
-    require(n == 0, f"{found.root} has {n} faults: {'; '.join(found.faults[:5])}")
+    faults = f"{len(found.faults)} faults: {'; '.join(found.faults[:5])}"
+    require(not found.faults, f"{found.root} has {faults}")
     return found
 
 
@@ -267,8 +267,8 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         root = os.path.expanduser(path)
         require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
         return Found(name, Source(path, paths=OWN if kind == "folder" else OWN_DOMAINS), root)
-    known = ", ".join([*world.TASKS, *SOURCES])
-    require(name in SOURCES, f"no dataset is called {name!r}: use folder:, domains:PATH, {known}")
+    known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
+    require(name in SOURCES, f"no dataset is called {name!r}: use {', '.join(known)}")
     source, data_root = SOURCES[name], os.path.expanduser(args.data_root)
     places = [os.path.join(data_root, place) for place in source.images.split()]
     fetch = re.search(r"torchvision\.(\w+), --download", source.get)
@@ -373,9 +373,11 @@ def check_parts(found: Found, rows: list[Row]) -> None:
     tops = {below(address, found.root).split("/")[0] for address, _, _, _ in rows}
     parts = sorted(top for top in tops if top.lower() in (*PARTS, "ood"))
     classes = sorted({cls for _, cls, part, _ in rows if not part})
-    advice = "a class needs another folder name, a part PART/CLASS/*, ood/NAME/CLASS/*"
-    mixed = f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: {advice}"
-    require(not (parts and classes), mixed)
+    require(
+        not (parts and classes),
+        f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
+        "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
+    )
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     good = kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
     require(good, f"{found.root} has {parts}: needed are one train and one test, maybe one val")
@@ -398,8 +400,11 @@ def choose_rows(found: Found, rows: list[Row], args: argparse.Namespace) -> list
     train = train or [domain for domain in known if domain not in test]
     test = test or [domain for domain in known if domain not in train]
     good = train and test and {*train, *test} <= {*known} and not {*train} & {*test}
-    advice = f"name --train-domain or --test-domain, of {', '.join(known)}"
-    require(good, f"{name}: trains on {train}, tests on {test}: {advice}")
+    require(
+        good,
+        f"{name}: trains on {train}, tests on {test}: "
+        f"name --train-domain or --test-domain, of {', '.join(known)}",
+    )
     other = dict.fromkeys(train, "") | {domain: domain for domain in test}
     if lists:
         of = {part: test if part == "ood" else train for part in lists}
@@ -414,7 +419,10 @@ def hold_out_contexts(rows: list[Row]) -> list[Row]:
     """NICO, whose classes have contexts of their own: some of each class's are for testing."""
     contexts = group(sorted({(cls, context) for _, cls, _, context in rows}), lambda pair: pair[0])
     seen = {pair for own in contexts.values() for pair in own[: len(own) - round(0.3 * len(own))]}
-    return [(*row[:3], "seen" if (row[1], row[3]) in seen else HELD_OUT) for row in rows]
+    return [
+        (address, cls, part, "seen" if (cls, context) in seen else HELD_OUT)
+        for address, cls, part, context in rows
+    ]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -459,13 +467,15 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
         natural = sorted(folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text))
         swapped = any(line in folders and line != folder for folder, line in zip(folders, lines))
         clear = len(lines) == len(folders) and natural == folders and not swapped
-        text = f"{len(lines)} names alone for {len(folders)} folders, in the order {natural[:3]} .."
-        require(clear, f"{file}: {text} or {folders[:3]} ..? Write FOLDER<tab>NAME")
+        require(
+            clear,
+            f"{file}: {len(lines)} names alone for {len(folders)} folders, in the order "
+            f"{natural[:3]} .. or {folders[:3]} ..? Write FOLDER<tab>NAME",
+        )
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
         found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
     lines_of = group(lines, lambda line: line.partition("\t")[0].strip())
-    wrong = [cls for cls in lines_of if cls not in folders or len(lines_of[cls]) > 1]
-    wrong += [cls for cls in folders if cls not in lines_of]
+    wrong = [f for f in [*lines_of, *folders] if f not in folders or len(lines_of[f]) != 1]
     require(
         not wrong, f"{file}: {wrong[:1]}: needed is FOLDER<tab>NAME, once for each class folder"
     )
@@ -507,8 +517,9 @@ def split_rest(found: Found) -> None:
         for label, images in train.items():
             n, cls = len(images), found.classnames[label]
             if n < 4 and not ood:
-                fault = f"{n} images of class {cls!r} cannot be split 50/20/30: 4 are needed"
-                found.faults.append(fault)
+                found.faults.append(
+                    f"{n} images of class {cls!r} cannot be split 50/20/30: 4 are needed"
+                )
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
             stops = itertools.accumulate((round(share * n) for share in shares.values()), initial=0)
             for part, (start, stop) in zip(shares, itertools.pairwise(stops)):
@@ -516,9 +527,11 @@ def split_rest(found: Found) -> None:
         if ood and not sets["test", ""]:
             found.faults.append("too few images to split: 6 a class are needed")
     untrained = [cls for i, cls in enumerate(found.classnames) if train and i not in train]
-    advice = "has no training image: add one, or remove its other images"
     told = found.notes if has_domains(found) else found.faults
-    told += [f"class {cls!r} {advice}" for cls in untrained]
+    told += [
+        f"class {cls!r} has no training image: add one, or remove its other images"
+        for cls in untrained
+    ]
 
 
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
@@ -720,15 +733,14 @@ def read_image(address: str) -> Image.Image:
             require(fits, f"{short} x {long} pixels; the limits are {limits}: shrink it")
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode in ("F", "I"):
-                low, high = image.getextrema()
-                fits = high <= 1 if image.mode == "F" else 255 < high < 65536
+            if image.mode[0] in "FI":  # I;16, too. Pillow would clip all above 255 to white
+                values, is_float = image.convert(image.mode[0]), image.mode == "F"
+                low, high = values.getextrema()
+                fits = high <= 1 if is_float else 255 < high < 65536 or image.mode != "I"
                 wanted = "floats to [0, 1], whole numbers to 8 or 16 bit"
                 require(low >= 0 and fits, f"values {low:g} to {high:g}: scale {wanted}")
-            if image.mode[0] in "FI":  # also I;16: Pillow would clip all above 255 to white
-                scale, offset = (255, 0.5) if image.mode == "F" else (1 / 256, 0)
-                image = image.convert(image.mode[0]).point(lambda value: value * scale + offset)
-                image = image.convert("L")
+                scale, offset = (255, 0.5) if is_float else (1 / 256, 0)
+                image = values.point(lambda value: value * scale + offset).convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise UserError(f"{address}: {error or type(error).__name__}") from error
@@ -737,8 +749,11 @@ def read_image(address: str) -> Image.Image:
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies where they must not be."""
     items = list(itertools.chain(*found.sets.values()))
-    files = [file for file, _ in items if os.access(file, os.R_OK)]  # no link to nothing, no toy
-    content = {file: hashlib.sha1(Path(file).read_bytes()).digest() for file in files}
+    content = {
+        file: hashlib.sha1(Path(file).read_bytes()).digest()
+        for file, _ in items
+        if os.access(file, os.R_OK)  # no link to nothing, no toy
+    }
     check_overlaps(found, content, "as copies")
     bad = bad_images(items)
     found.faults += bad
@@ -798,8 +813,9 @@ def image_loader(images: ImageSet, lists: list[list[int]], args) -> DataLoader:
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
     n, pin = min(args.workers, len(images) // 64), args.device != "cpu"
-    keep = {"persistent_workers": n > 0, "pin_memory": pin}
-    return DataLoader(images, batch_sampler=lists, num_workers=n, **keep)
+    return DataLoader(
+        images, batch_sampler=lists, num_workers=n, persistent_workers=n > 0, pin_memory=pin
+    )
 
 
 # 7. THE COMMAND: what is there --------------------------------------------------------------------
