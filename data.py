@@ -318,7 +318,9 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
             require(known == name, f"{where}: this label is {known!r} before")
             rows.append((address_of(found, path, where), label, part, ""))
     names = dict(sorted(names.items()))
-    require([*names] == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {[*names]}")
+    require(
+        [*names] == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {[*names][:9]}"
+    )
     return rows, names
 
 
@@ -368,7 +370,7 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
 
 
 def check_parts(found: Found, rows: list[Row]) -> None:
-    """Your own images: UserError for parts beside classes, and for too many or too few parts."""
+    """UserError for folders of parts beside folders of classes, for too many or too few parts."""
     rows = [row for row in rows if not row[3]]
     tops = {below(address, found.root).split("/")[0] for address, _, _, _ in rows}
     parts = sorted(top for top in tops if top.lower() in (*PARTS, "ood"))
@@ -387,8 +389,7 @@ def check_parts(found: Found, rows: list[Row]) -> None:
 def choose_rows(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
     """The rows of the domains to train on, now without a domain, and of those to test on."""
     name, lists = found.name, found.source.lists
-    if found.source.paths == OWN:
-        check_parts(found, rows)
+    check_parts(found, rows)
     if not has_domains(found):
         return read_lists(found, rows, [(lists[part], part, "") for part in lists]) or rows
     given = args.train_domain or (), args.test_domain or ()
@@ -844,6 +845,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
     args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
+    for_one = args.download or args.check_images
+    require(args.dataset or not for_one, "name one --dataset for this")
     if args.dataset:
         found = find(args.dataset, args)
         if args.check_images:
@@ -851,13 +854,12 @@ def main(argv: list[str] | None = None) -> None:
         describe(found, True)
         print("".join(f"{fault}\n" for fault in found.faults), end="")
         require(not found.faults, f"{len(found.faults)} faults, named above: mend them first")
-        return
-    require(not (args.download or args.check_images), "name one --dataset for this")
-    for name in [*world.TASKS, *SOURCES]:
-        try:
-            describe(read(name, args), False)
-        except (UserError, OSError) as error:
-            print(f"{name:30} {str(error).removeprefix(f'{name}: ')}")
+    else:
+        for name in [*world.TASKS, *SOURCES]:
+            try:
+                describe(read(name, args), False)
+            except (UserError, OSError) as error:
+                print(f"{name:30} {str(error).removeprefix(f'{name}: ')}")
 
 
 if __name__ == "__main__":
