@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict:
 @dataclass
 class Source:
     images: str  # image folders below --data-root that are tried: CoOp's, torchvision's, others'
-    get: str = ""  # torchvision's name of it, or what to get where
+    get: str = ""  # what to get where; --download fetches it by torchvision, where that is named
     template: str = "a photo of a {}."  # zero-shot CLIP's: CoOp's, for the last five ProReg's
     teacher: str = ""  # ProGrad's, with the class last, where it differs
     split: str = ""  # CoOp's file {"train": [[path, label, class name], ..], "val": .., "test": ..}
@@ -327,7 +327,8 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
 def read_lists(found: Found, rows: list[Row], lists: list[tuple[str, str, str]]) -> list[Row]:
     """The rows that published lists name. A list is (file, part, domain) and has an image a line:
     "sketch/dog/1.png 1", or where the path does not say the class "1025794 707-320"."""
-    classes, listed = {address: cls for address, cls, _, _ in rows}, []
+    classes = {address: cls for address, cls, _, _ in rows}
+    listed = []
     for name, part, domain in lists:
         file = find_file(found, name)
         for i, line in enumerate(read_text(file).splitlines(), 1):
@@ -343,12 +344,12 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     """The images below the root whose paths fit the pattern, class by class; the real paths of all.
     What is left out of your own folders is counted, by reason, in a note."""
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
-    rows, left, source = [], collections.Counter(), found.source
+    rows, left = [], collections.Counter()
     folders = [(found.root, [os.path.realpath(found.root)])]  # and the real paths on the way there
     for folder, way in folders:
         for file in os.scandir(folder):
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
-            match = re.fullmatch(source.paths, below(file.path, found.root))
+            match = re.fullmatch(found.source.paths, below(file.path, found.root))
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
                     left["hidden or own folders"] += 1
@@ -357,14 +358,14 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
             elif not file.name.lower().endswith(ENDINGS) or file.name[0] == ".":
                 left[os.path.splitext(file.name)[1] or "no ending"] += file.name != "classnames.txt"
             elif match:
-                said = {"cls": "", "part": source.part, "domain": ""} | match.groupdict("")
+                said = {"cls": "", "part": found.source.part, "domain": ""} | match.groupdict("")
                 rows.append((file.path, said["cls"], said["part"], said["domain"]))
                 found.real[file.path] = real
             else:
                 left["no class folder"] += 1
     text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()) if n)
     found.notes += [f"left out: {text}"] if text and ":" in found.name else []
-    expected = "CLASS/NAME.jpg" if source.paths == OWN else source.paths
+    expected = "CLASS/NAME.jpg" if found.source.paths == OWN else found.source.paths
     require(rows, f"{found.name}: no images in {found.root}; expected are paths {expected}")
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
@@ -503,23 +504,25 @@ def split_rest(found: Found) -> None:
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
     """
-    sets, name, ood = found.sets, found.name, len(found.sets) > 3
+    sets, name = found.sets, found.name
+    ood = any(domain for _, domain in sets)
     if name == "imagenet" or (name[:7] == "folder:" and sets["val", ""] and not sets["test", ""]):
         sets["test", ""], sets["val", ""] = sets["val", ""], []
         found.notes.append("its val is the test part")
     train = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if not sets[part, ""] and train]
     if "test" in missing or (missing and ood):
-        halves = {"train": 0.5, "val": 0.2, "test": 1}
-        shares = dict.fromkeys(missing, 0.1) | {"train": 1} if ood else halves
+        plain = {"train": 0.5, "val": 0.2, "test": 1}  # the last part takes the rest
+        shares = dict.fromkeys(missing, 0.1) | {"train": 1} if ood else plain
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
         for label, images in train.items():
-            n, cls = len(images), found.classnames[label]
+            n = len(images)
             if n < 4 and not ood:
                 found.faults.append(
-                    f"{n} images of class {cls!r} cannot be split 50/20/30: 4 are needed"
+                    f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30: "
+                    "4 are needed"
                 )
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
             stops = itertools.accumulate((round(share * n) for share in shares.values()), initial=0)
@@ -684,9 +687,10 @@ def trained_on(task: Task, lines: list[str]) -> int:
 
 def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:
     """In-distribution first, all classes or base and new; then the other domains."""
-    n, tests = len(found.classnames), []
+    n = len(found.classnames)
     halves = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
     domains = {domain: items for (of, domain), items in found.sets.items() if of == part}
+    tests = []
     for domain, items in domains.items():
         for which, labels in ({"all": range(n)} if classes == "all" else halves).items():
             names, own = found.classnames[labels.start : labels.stop], keep_labels(items, labels)
@@ -735,12 +739,12 @@ def read_image(address: str) -> Image.Image:
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "FI":  # I;16, too. Pillow would clip all above 255 to white
-                values, is_float = image.convert(image.mode[0]), image.mode == "F"
+                values = image.convert(image.mode[0])
                 low, high = values.getextrema()
-                fits = high <= 1 if is_float else 255 < high < 65536 or image.mode != "I"
+                fits = {"F": high <= 1, "I": 255 < high < 65536}.get(image.mode, True)
                 wanted = "floats to [0, 1], whole numbers to 8 or 16 bit"
                 require(low >= 0 and fits, f"values {low:g} to {high:g}: scale {wanted}")
-                scale, offset = (255, 0.5) if is_float else (1 / 256, 0)
+                scale, offset = (255, 0.5) if image.mode == "F" else (1 / 256, 0)
                 image = values.point(lambda value: value * scale + offset).convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
