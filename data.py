@@ -135,8 +135,6 @@ class Source:
 CLASS = "(?P<cls>[^/]+)/.+"
 HELD_OUT = "held-out contexts"  # of NICO
 CONTEXT = "(?P<cls>[^/]+)/(?P<domain>[^/]+)/.+"
-STYLE = f"(?P<domain>art_painting|cartoon|photo|sketch)/{CLASS}"
-SIX = f"(?P<domain>clipart|infograph|painting|quickdraw|real|sketch)/{CLASS}"
 # All of CoOp's split files but Food101's and SUN397's.
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"
 SOURCES = {
@@ -144,9 +142,9 @@ SOURCES = {
                        "ILSVRC-2012 of image-net.org, unpacked to train/WNID/* and val/WNID/*",
                        paths=f"(?P<part>train|val)/{CLASS}"),
     "caltech101": Source("caltech-101/101_ObjectCategories caltech101/101_ObjectCategories",
-                         "torchvision.Caltech101, --download", split="split_zhou_Caltech101.json"),
+                         "torchvision.Caltech101 by --download", split="split_zhou_Caltech101.json"),
     "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images",
-                          "torchvision.OxfordIIITPet, --download",
+                          "torchvision.OxfordIIITPet by --download",
                           "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.",
                           "split_zhou_OxfordPets.json"),
     "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test with "
@@ -156,19 +154,19 @@ SOURCES = {
                              "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
                              "a photo of a {}, a type of flower.",
                              "a type of flower, a photo of a {}.", "split_zhou_OxfordFlowers.json"),
-    "food101": Source("food-101/images", "torchvision.Food101, --download",
+    "food101": Source("food-101/images", "torchvision.Food101 by --download",
                       "a photo of {}, a type of food.", "a type of food, a photo of {}.",
                       "split_zhou_Food101.json"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
-                            "torchvision.FGVCAircraft, --download",
+                            "torchvision.FGVCAircraft by --download",
                             "a photo of a {}, a type of aircraft.",
                             "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
     "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, so that "
                      "SUN397/a/abbey/*.jpg is there", split="split_zhou_SUN397.json"),
-    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD, --download",
+    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD by --download",
                   "{} texture.", "a texture of {}.", "split_zhou_DescribableTextures.json"),
-    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT, --download",
+    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT by --download",
                       "a centered satellite photo of {}.", split="split_zhou_EuroSAT.json"),
     "ucf101": Source("ucf101/UCF-101-midframes", "UCF-101-midframes.zip, see CoOp's DATASETS.md",
                      "a photo of a person doing {}.", split="split_zhou_UCF101.json"),
@@ -191,11 +189,13 @@ SOURCES = {
     "nico_vehicle": Source("nico/vehicle NICO/Vehicle nico_vehicle Vehicle", "nico.thumedialab.com",
                            "this is {}.", paths=CONTEXT, domains=((), (HELD_OUT,))),
     "pacs": Source("pacs/images pacs/kfold PACS/kfold pacs PACS", "domaingeneralization.github.io",
-                   "this is {}.", paths=STYLE, domains=((), ("art_painting",)),
+                   "this is {}.", domains=((), ("art_painting",)),
+                   paths=f"(?P<domain>art_painting|cartoon|photo|sketch)/{CLASS}",
                    lists={"train": "{}_train_kfold.txt", "val": "{}_crossval_kfold.txt",
                           "ood": "{}_test_kfold.txt"}),
     "domainnet": Source("domainnet DomainNet domain_net", "ai.bu.edu/M3SDA, the cleaned version",
-                        paths=SIX, domains=(("sketch",), ("clipart", "painting", "real")),
+                        domains=(("sketch",), ("clipart", "painting", "real")), paths=
+                        f"(?P<domain>clipart|infograph|painting|quickdraw|real|sketch)/{CLASS}",
                         lists={"train": "{}_train.txt", "test": "{}_test.txt",
                                "ood": "{}_test.txt"}),
 }
@@ -223,7 +223,8 @@ class Found:
 
 
 def read(name: str, args: argparse.Namespace) -> Found:
-    """Dataset `name`, without faults; of `args` where to look, and which domains are what."""
+    """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
+    what."""
     found = find(name, args)
     faults = f"{len(found.faults)} faults: {'; '.join(found.faults[:5])}"
     require(not found.faults, f"{found.root} has {faults}")
@@ -236,13 +237,14 @@ def find(name: str, args: argparse.Namespace) -> Found:
         task = world.TASKS[name]
         return Found(name, Source("", template=task.template), "", *world.task_items(name))
     found = locate(name, args)
-    known = has_domains(found) or not (args.train_domain or args.test_domain)
+    flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
+    known = has_domains(found) or not any(flags)
     require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
     rows = walk(found, args)
     if found.source.split:
         rows, names = read_split(found, args)
     else:
-        rows = choose_rows(found, rows, args)
+        rows = choose_rows(found, rows, flags)
         names = class_names(found, {cls for _, cls, _, _ in rows})
     check_names(found, names)
     found.classnames = list(names.values())
@@ -271,7 +273,7 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     require(name in SOURCES, f"no dataset is called {name!r}: use {', '.join(known)}")
     source, data_root = SOURCES[name], os.path.expanduser(args.data_root)
     places = [os.path.join(data_root, place) for place in source.images.split()]
-    fetch = re.search(r"torchvision\.(\w+), --download", source.get)
+    fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
@@ -373,8 +375,9 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
 def check_parts(found: Found, rows: list[Row]) -> None:
     """UserError for folders of parts beside folders of classes, for too many or too few parts."""
     rows = [row for row in rows if not row[3]]
-    tops = {below(address, found.root).split("/")[0] for address, _, _, _ in rows}
-    parts = sorted(top for top in tops if top.lower() in (*PARTS, "ood"))
+    paths = [below(address, found.root) for address, *_ in rows]
+    special = re.compile(rf"(?i:{'|'.join(PARTS)})/|(?i:ood)/[^/]+/").match
+    parts = sorted({path.split("/")[0] for path in paths if special(path)})
     classes = sorted({cls for _, cls, part, _ in rows if not part})
     require(
         not (parts and classes),
@@ -387,15 +390,15 @@ def check_parts(found: Found, rows: list[Row]) -> None:
     found.notes += [f"the folders {', '.join(parts)} are read as parts"] if parts else []
 
 
-def choose_rows(found: Found, rows: list[Row], args: argparse.Namespace) -> list[Row]:
-    """The rows of the domains to train on, now without a domain, and of those to test on."""
+def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
+    """What the paths say, or published lists. Where there are domains: the rows of those to train
+    on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
     name, lists = found.name, found.source.lists
     check_parts(found, rows)
     if not has_domains(found):
         return read_lists(found, rows, [(lists[part], part, "") for part in lists]) or rows
-    given = args.train_domain or (), args.test_domain or ()
-    train, test = given if any(given) else found.source.domains
-    if name.startswith("nico") and not any(given):
+    train, test = flags if any(flags) else found.source.domains
+    if name.startswith("nico") and not any(flags):
         found.notes.append("the last 30 % of every class's contexts, by name, are held out")
         rows = hold_out_contexts(rows)
     known = sorted({domain for *_, domain in rows})
@@ -666,9 +669,8 @@ def load_task(args: argparse.Namespace) -> Task:
         found.notes.append(f"a class has {least} training images, no more")
     template = own or found.source.template
     tests = make_tests(found, args.classes, args.test_part, template)
-    anywhere = argparse.Namespace(**vars(args) | {"train_domain": None, "test_domain": None})
     for other in args.test_on:
-        target = read(other, anywhere)
+        target = read(other, args)
         tests += make_tests(target, "all", args.test_part, target.source.template)
         found.notes += target.notes
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
@@ -849,8 +851,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
     args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
-    for_one = args.download or args.check_images
-    require(args.dataset or not for_one, "name one --dataset for this")
+    alone = not (args.download or args.check_images)
+    require(args.dataset or alone, "name one --dataset for this")
     if args.dataset:
         found = find(args.dataset, args)
         if args.check_images:
