@@ -348,11 +348,12 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     What is left out of your own folders is counted, by reason, in a note."""
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
     rows, left = [], collections.Counter()
+    fits = re.compile(found.source.paths).fullmatch
     folders = [(found.root, [os.path.realpath(found.root)])]  # and the real paths on the way there
     for folder, way in folders:
         for file in os.scandir(folder):
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
-            match = re.fullmatch(found.source.paths, below(file.path, found.root))
+            match = fits(below(file.path, found.root))
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
                     left["hidden or own folders"] += 1
@@ -375,11 +376,11 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
 
 def check_parts(found: Found, rows: list[Row]) -> None:
     """UserError for folders of parts beside folders of classes, for too many or too few parts."""
-    rows = [row for row in rows if not row[3]]
-    paths = [below(address, found.root) for address, *_ in rows]
+    folders = {address.rpartition(os.sep)[0] for address, _, _, domain in rows if not domain}
+    paths = [f"{below(folder, found.root)}/" for folder in folders]
     special = re.compile(rf"(?i:{'|'.join(PARTS)})/|(?i:ood)/[^/]+/").match
     parts = sorted({path.split("/")[0] for path in paths if special(path)})
-    classes = sorted({cls for _, cls, part, _ in rows if not part})
+    classes = sorted({cls for _, cls, part, domain in rows if not (part or domain)})
     require(
         not (parts and classes),
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
@@ -397,7 +398,8 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     name, lists = found.name, found.source.lists
     check_parts(found, rows)
     if not has_domains(found):
-        return read_lists(found, rows, [(lists[part], part, "") for part in lists]) or rows
+        files = [(lists[part], part, "") for part in lists]
+        return read_lists(found, rows, files) if files else rows
     train, test = flags if any(flags) else found.source.domains
     if name.startswith("nico") and not any(flags):
         found.notes.append("the last 30 % of every class's contexts, by name, are held out")
@@ -545,9 +547,16 @@ def split_rest(found: Found) -> None:
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     """A note on images that are there twice, by their identity; a fault where they are both trained
     and tested on."""
-    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
-    same = group(uses, lambda use: identity.get(use[0], use[0])).values()
-    twice = [list(zip(*uses)) for uses in same if len(uses) > 1]  # addresses, labels, parts
+    items = itertools.chain(*found.sets.values())
+    count = collections.Counter(identity[address] for address, _ in items)
+    uses = [
+        (address, label, part)
+        for (part, _), items in found.sets.items()
+        for address, label in items
+        if count[identity[address]] > 1
+    ]
+    same = group(uses, lambda use: identity[use[0]]).values()
+    twice = [list(zip(*copies)) for copies in same]  # addresses, labels, parts
     if twice:
         classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
         apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
@@ -757,11 +766,10 @@ def read_image(address: str) -> Image.Image:
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies where they must not be."""
     items = list(itertools.chain(*found.sets.values()))
-    content = {
-        file: hashlib.sha1(Path(file).read_bytes()).digest()
-        for file, _ in items
-        if os.access(file, os.R_OK)  # no link to nothing, no toy
-    }
+    content = {file: file for file, _ in items}
+    for file in content:
+        if os.access(file, os.R_OK):  # no link to nothing, no toy
+            content[file] = hashlib.sha1(Path(file).read_bytes()).digest()
     check_overlaps(found, content, "as copies")
     bad = bad_images(items)
     found.faults += bad
@@ -835,7 +843,7 @@ LIKE = dict.fromkeys(world.TASKS, "like the 11 datasets of ProGrad and VPT") | {
 
 def describe(found: Found, whole: bool) -> None:
     """A line about a dataset; then its notes, and the images of each class and part."""
-    sets = {" ".join(key).strip(): items for key, items in found.sets.items()}
+    sets = {f"ood {domain}" if domain else p: items for (p, domain), items in found.sets.items()}
     sizes = ", ".join(f"{len(items)} {part}" for part, items in sets.items() if items)
     where = LIKE.get(found.name, f"in {found.root}")
     print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; {where}")
