@@ -14,7 +14,6 @@ import argparse
 import collections
 import contextlib
 import errno
-import functools
 import hashlib
 import itertools
 import json
@@ -24,27 +23,29 @@ import re
 import sys
 import unicodedata
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toyclip import world
 
 Item = tuple[str, int]  # (address, label); an address is a path or toy:TASK/PART/INDEX
-Entry = tuple[str, str, str, str]  # path below the image folder, class folder, part, domain
+Row = tuple[str, str, str, str]  # address, class folder, part, domain
 ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
-MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb
 
 
 # 0. WHAT GOES WRONG: one line and an exit status, and never half a file ---------------------------
 class UserError(Exception):
     """A mistake the user can mend. It is shown as one line, with exit status 2."""
+
+
+class Missing(UserError):
+    """A file that is not there."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,21 +75,19 @@ def run(main) -> None:
         status, text = 1, str(error)
     except (RuntimeError, OSError, MemoryError) as error:
         status, text = explain(error)
-        if not text:
-            raise
     print("error:", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()), file=sys.stderr)
     raise SystemExit(status)
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """Exit status and one line for what the machine ran out of; no line for a fault of ours."""
+    """Exit status and one line for what the machine ran out of. A fault of ours is raised again."""
     reason = getattr(error, "strerror", None) or str(error)  # without a file's name
     if any(word in reason for word in ("shared memory", "/torch_", "open files", "bus error")):
         return 2, "too little /dev/shm, too few open files: --workers 0, or docker --shm-size 8g"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason:
         return 1, "out of memory: try a smaller --memory-gb or --batch-size"
     if not isinstance(error, OSError):
-        return 1, ""
+        raise error
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return 1 if full else 2, f"{error.filename}: {reason}" if error.filename else reason
 
@@ -106,29 +105,27 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, parse: Callable = str):
+    """A text file, or what `parse` makes of it."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        return parse(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_json(path: Path) -> dict:
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, no JSON: {error}") from error
+    return read_text(path, lambda text: dict(json.loads(text)))
 
 
 # 1. THE DATASETS: a row says where the images are and what tells their class, part and domain -----
 @dataclass
 class Source:
     images: str  # image folders below --data-root that are tried: CoOp's, torchvision's, others'
-    get: str = ""  # torchvision's name of it, or what to get where
+    get: str = ""  # what to get where; --download fetches it by torchvision, where that is named
     template: str = "a photo of a {}."  # zero-shot CLIP's: CoOp's, for the last five ProReg's
     teacher: str = ""  # ProGrad's, with the class last, where it differs
     split: str = ""  # CoOp's file {"train": [[path, label, class name], ..], "val": .., "test": ..}
-    paths: str = ""  # or a pattern that reads class, part and domain off an image's path
+    paths: str = ".+"  # or a pattern that reads class, part and domain off an image's path
     part: str = ""  # what all images are where paths do not say so: "test" of sets to test on
     lists: dict[str, str] = field(default_factory=dict)  # published lists of the images of a part
     domains: tuple[tuple, tuple] = ((), ())  # to train and test on without flags; (): the others
@@ -136,9 +133,8 @@ class Source:
 
 # fmt: off
 CLASS = "(?P<cls>[^/]+)/.+"
+HELD_OUT = "held-out contexts"  # of NICO
 CONTEXT = "(?P<cls>[^/]+)/(?P<domain>[^/]+)/.+"
-STYLE = f"(?P<domain>art_painting|cartoon|photo|sketch)/{CLASS}"
-SIX = f"(?P<domain>clipart|infograph|painting|quickdraw|real|sketch)/{CLASS}"
 # All of CoOp's split files but Food101's and SUN397's.
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"
 SOURCES = {
@@ -146,8 +142,10 @@ SOURCES = {
                        "ILSVRC-2012 of image-net.org, unpacked to train/WNID/* and val/WNID/*",
                        paths=f"(?P<part>train|val)/{CLASS}"),
     "caltech101": Source("caltech-101/101_ObjectCategories caltech101/101_ObjectCategories",
-                         "torchvision.Caltech101", split="split_zhou_Caltech101.json"),
-    "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images", "torchvision.OxfordIIITPet",
+                         "torchvision.Caltech101 by --download",
+                         split="split_zhou_Caltech101.json"),
+    "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images",
+                          "torchvision.OxfordIIITPet by --download",
                           "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.",
                           "split_zhou_OxfordPets.json"),
     "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test with "
@@ -157,18 +155,20 @@ SOURCES = {
                              "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
                              "a photo of a {}, a type of flower.",
                              "a type of flower, a photo of a {}.", "split_zhou_OxfordFlowers.json"),
-    "food101": Source("food-101/images", "torchvision.Food101", "a photo of {}, a type of food.",
-                      "a type of food, a photo of {}.", "split_zhou_Food101.json"),
+    "food101": Source("food-101/images", "torchvision.Food101 by --download",
+                      "a photo of {}, a type of food.", "a type of food, a photo of {}.",
+                      "split_zhou_Food101.json"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
-                            "torchvision.FGVCAircraft", "a photo of a {}, a type of aircraft.",
-                            "a type of aircraft, a photo of a {}.", paths="(?P<path>.+)",
+                            "torchvision.FGVCAircraft by --download",
+                            "a photo of a {}, a type of aircraft.",
+                            "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
     "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, so that "
                      "SUN397/a/abbey/*.jpg is there", split="split_zhou_SUN397.json"),
-    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD", "{} texture.",
-                  "a texture of {}.", "split_zhou_DescribableTextures.json"),
-    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT", "a centered satellite photo of {}.",
-                      split="split_zhou_EuroSAT.json"),
+    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD by --download",
+                  "{} texture.", "a texture of {}.", "split_zhou_DescribableTextures.json"),
+    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT by --download",
+                      "a centered satellite photo of {}.", split="split_zhou_EuroSAT.json"),
     "ucf101": Source("ucf101/UCF-101-midframes", "UCF-101-midframes.zip, see CoOp's DATASETS.md",
                      "a photo of a person doing {}.", split="split_zhou_UCF101.json"),
     # ImageNet's variants, for testing only
@@ -186,19 +186,20 @@ SOURCES = {
     "bar": Source("bar BAR BAR-master", "github.com/alinlab/BAR", "the man is {}.",
                   paths=r"(?P<domain>train|test)/(?P<cls>[^/]+)_\d+\.\w+", domains=((), ("test",))),
     "nico_animal": Source("nico/animal NICO/Animal nico_animal Animal", "nico.thumedialab.com",
-                          "this is {}.", paths=CONTEXT),
+                          "this is {}.", paths=CONTEXT, domains=((), (HELD_OUT,))),
     "nico_vehicle": Source("nico/vehicle NICO/Vehicle nico_vehicle Vehicle", "nico.thumedialab.com",
-                           "this is {}.", paths=CONTEXT),
+                           "this is {}.", paths=CONTEXT, domains=((), (HELD_OUT,))),
     "pacs": Source("pacs/images pacs/kfold PACS/kfold pacs PACS", "domaingeneralization.github.io",
-                   "this is {}.", paths=STYLE, domains=((), ("art_painting",)),
+                   "this is {}.", domains=((), ("art_painting",)),
+                   paths=f"(?P<domain>art_painting|cartoon|photo|sketch)/{CLASS}",
                    lists={"train": "{}_train_kfold.txt", "val": "{}_crossval_kfold.txt",
                           "ood": "{}_test_kfold.txt"}),
     "domainnet": Source("domainnet DomainNet domain_net", "ai.bu.edu/M3SDA, the cleaned version",
-                        paths=SIX, domains=(("sketch",), ("clipart", "painting", "real")),
+                        domains=(("sketch",), ("clipart", "painting", "real")), paths=
+                        f"(?P<domain>clipart|infograph|painting|quickdraw|real|sketch)/{CLASS}",
                         lists={"train": "{}_train.txt", "test": "{}_test.txt",
                                "ood": "{}_test.txt"}),
 }
-WRONG = "sketch/dog/n02103406_4068-1.png"  # an entry of PACS's lists that Dassl leaves out, too
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "val", "valid": "val", "validation": "val"}
 OWN = rf"((?i:ood)/(?P<domain>[^/]+)/|(?P<part>(?i:{'|'.join(PARTS)}))/)?{CLASS}"
@@ -206,7 +207,7 @@ OWN_DOMAINS = f"(?P<domain>[^/]+)/{CLASS}"
 # fmt: on
 
 
-# 2. READING: every dataset becomes a list of entries, which is checked in one place ---------------
+# 2. READING: every dataset becomes a list of rows, which is checked in one place ------------------
 @dataclass
 class Found:
     """A whole dataset, before any draw."""
@@ -215,17 +216,19 @@ class Found:
     source: Source
     root: str = ""  # the image folder
     classnames: list[str] = field(default_factory=list)
-    parts: dict[str, list[Item]] = field(default_factory=dict)  # train, val, test: in-distribution
-    ood: dict[str, list[Item]] = field(default_factory=dict)  # further test sets, by domain
+    # By (part, domain). The domain is "" in distribution; others are further test sets.
+    sets: dict[tuple[str, str], list[Item]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what its user has to know
     faults: list[str] = field(default_factory=list)  # what its user has to mend first
+    real: dict[str, str] = field(default_factory=dict)  # of every image: where links lead
 
 
 def read(name: str, args: argparse.Namespace) -> Found:
-    """Dataset `name`, without faults; of `args` where to look, and which domains are what."""
+    """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
+    what."""
     found = find(name, args)
-    more = f"; and {len(found.faults) - 5} more" if len(found.faults) > 5 else ""
-    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5])}{more}")
+    faults = f"{len(found.faults)} faults: {'; '.join(found.faults[:5])}"
+    require(not found.faults, f"{found.root} has {faults}")
     return found
 
 
@@ -235,19 +238,24 @@ def find(name: str, args: argparse.Namespace) -> Found:
         task = world.TASKS[name]
         return Found(name, Source("", template=task.template), "", *world.task_items(name))
     found = locate(name, args)
-    given = args.train_domain or args.test_domain
-    known = has_domains(found) or not given
+    flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
+    known = has_domains(found) or not any(flags)
     require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
-    entries, names = (read_split if found.source.split else read_folders)(found, args)
+    rows = walk(found, args)
+    if found.source.split:
+        rows, names = read_split(found, args)
+    else:
+        rows = choose_rows(found, rows, flags)
+        names = class_names(found, {cls for _, cls, _, _ in rows})
     check_names(found, names)
     found.classnames = list(names.values())
-    found.parts = {part: [] for part in ("train", "val", "test", "")}
-    label, root = {cls: i for i, cls in enumerate(names)}, os.path.join(found.root, "")
-    for path, cls, part, domain in entries:
-        items = found.ood.setdefault(domain, []) if part == "ood" else found.parts[part]
-        items.append((root + path, label[cls]))
+    found.sets = {(part, ""): [] for part in ("train", "val", "test")}
+    label = {cls: i for i, cls in enumerate(names)}
+    for address, cls, part, domain in rows:
+        key = ("test", domain) if domain else (PARTS.get(part.lower(), "train"), "")
+        found.sets.setdefault(key, []).append((address, label[cls]))
     split_rest(found)
-    check_overlaps(found, real_paths(), "under several paths")
+    check_overlaps(found, found.real, "under several paths")
     return found
 
 
@@ -262,178 +270,167 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         root = os.path.expanduser(path)
         require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
         return Found(name, Source(path, paths=OWN if kind == "folder" else OWN_DOMAINS), root)
-    known = ", ".join(["folder:PATH, domains:PATH", *world.TASKS, *SOURCES])
-    require(name in SOURCES, f"no dataset is called {name!r}: use {known}")
+    known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
+    require(name in SOURCES, f"no dataset is called {name!r}: use {', '.join(known)}")
     source, data_root = SOURCES[name], os.path.expanduser(args.data_root)
     places = [os.path.join(data_root, place) for place in source.images.split()]
-    fetch = source.get.removeprefix("torchvision.")
-    if args.download and fetch != source.get and not any(map(os.path.isdir, places)):
+    fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
+    if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
-        getattr(datasets, fetch)(data_root, download=True)
+        getattr(datasets, fetch[1])(data_root, download=True)
     there = list(filter(os.path.isdir, places))
-    advice = f"get {fetch}" if fetch == source.get else "add --download"
-    require(there, f"{name}: no images in {' or '.join(places)}: {advice}")
+    require(there, f"{name}: no images in {' or '.join(places)}: get {source.get}")
     return Found(name, source, there[0])
 
 
 def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
     root, above = Path(found.root), Path(found.root).parent
-    near = (above, root, above / "splits", root / "splits", above.parent / "imagenet")
-    for place in (*near, above / "imagenet"):
-        if (place / file).is_file():
-            return place / file
-    if not url:
-        advice = f"{found.name} needs it: try --download, or see CoOp's DATASETS.md"
-        raise FileNotFoundError(errno.ENOENT, advice, above / file)
-    write(above / file, urllib.request.urlopen(url).read())
-    return above / file
-
-
-def resolve(found: Found, path: str, where: str) -> str:
-    """A path that a list names, which must be a file below the root."""
-    path = path.replace("\\", "/")
-    inside = path[:1] != "/" and ".." not in path.split("/") and "\0" not in path
-    require(inside, f"{where}: {path!r} leaves the image folder; such a list is refused")
-    there = os.path.isfile(os.path.join(found.root, path))
-    require(there, f"{where}: {found.root}/{path} is missing: unpack the images again")
+    near = [above, root, above / "splits", root / "splits", above / "imagenet"]
+    there = [place / file for place in [*near, above.parent / "imagenet"]]
+    path = next(filter(Path.is_file, there), above / file)
+    if url and not path.is_file():
+        write(path, urllib.request.urlopen(url).read())
+    if not path.is_file():
+        raise Missing(f"{path} is missing: try --download, or see CoOp's DATASETS.md")
     return path
 
 
-def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Entry], dict[int, str]]:
-    """CoOp's split file → entries, {label: class name}."""
+def address_of(found: Found, path: str, where: str) -> str:
+    """The address of an image that a list names by its path below the root."""
+    address = os.path.join(found.root, *path.replace("\\", "/").split("/"))
+    require(address in found.real, f"{where}: no image {address}: unpack the images again")
+    return address
+
+
+def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[int, str]]:
+    """CoOp's split file → rows, {label: class name}."""
     fetch = args.download and found.name not in ("food101", "sun397")
     file = find_file(found, found.source.split, SPLITS + found.source.split if fetch else "")
-    split, entries, names = read_json(file), [], {}
+    split, rows, names = read_json(file), [], {}
     for part in ("train", "val", "test"):
-        rows = split.get(part) if isinstance(split, dict) else None
-        require(isinstance(rows, list), f'{file} has no list "{part}" of [path, label, class name]')
-        for i, row in enumerate(rows):
+        listed = isinstance(split.get(part), list)
+        require(listed, f'{file} has no list "{part}" of [path, label, class name]')
+        for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
             good = isinstance(row, list) and [*map(type, row)] == [str, int, str]
             require(good, f"{where} is not [path, label, class name]")
             path, label, name = row
             known = names.setdefault(label, name)
             require(known == name, f"{where}: this label is {known!r} before")
-            entries.append((resolve(found, path, where), label, part, ""))
-    labels = sorted(names)
-    require(labels == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {labels[:9]}")
-    return entries, {label: names[label] for label in labels}
+            rows.append((address_of(found, path, where), label, part, ""))
+    names = dict(sorted(names.items()))
+    require(
+        [*names] == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {[*names][:9]}"
+    )
+    return rows, names
 
 
-def read_folders(found: Found, args: argparse.Namespace) -> tuple[list[Entry], dict[str, str]]:
-    """What paths and lists say → entries, {class folder: its name in prompts} in label order."""
-    paths, lists = found.source.paths, found.source.lists
-    if paths == OWN:
-        entries = walk(found, args)
-        check_parts(found, entries)
-    elif has_domains(found):
-        entries = choose_domains(found, walk(found, args), args)
-    else:
-        entries = read_lists(found, [(p, "") for p in lists]) if lists else walk(found, args)
-    expected = "CLASS/NAME.jpg" if paths == OWN else paths
-    require(entries, f"{found.name}: no images in {found.root}; expected are paths {expected}")
-    return entries, class_names(found, {cls for _, cls, _, _ in entries})
-
-
-def read_lists(found: Found, pairs: list[tuple[str, str]]) -> list[Entry]:
-    """Of each (part, domain) the text file that names an image a line: "1025794 707-320", or of a
-    domain "sketch/dog/1.png 1"."""
-    entries = []
-    for part, domain in pairs:
-        file = find_file(found, found.source.lists[part].format(domain))
-        pattern = rf"({found.source.paths}) \d+" if domain else "([^ ]+) (?P<cls>.+)"
+def read_lists(found: Found, rows: list[Row], lists: list[tuple[str, str, str]]) -> list[Row]:
+    """The rows that published lists name. A list is (file, part, domain) and has an image a line:
+    "sketch/dog/1.png 1", or where the path does not say the class "1025794 707-320"."""
+    classes = {address: cls for address, cls, _, _ in rows}
+    listed = []
+    for name, part, domain in lists:
+        file = find_file(found, name)
         for i, line in enumerate(read_text(file).splitlines(), 1):
-            match = re.fullmatch(pattern, line.strip())
-            require(match, f"{file}, line {i}: {line!r} names no image and class")
-            path = match[1] if domain else f"{match[1]}.jpg"
-            if path != WRONG:
-                path = resolve(found, path, f"{file}, line {i}")
-                entries.append((path, match["cls"], part, domain))
-    return entries
+            path, _, label = line.strip().partition(" ")
+            path = f"{path}.jpg" if path.isdigit() else path
+            if path != "sketch/dog/n02103406_4068-1.png":  # Dassl leaves it out of PACS, too
+                address = address_of(found, path, f"{file}, line {i}")
+                listed.append((address, classes[address] or label, part, domain))
+    return listed
 
 
-def walk(found: Found, args: argparse.Namespace) -> list[Entry]:
-    """The images below the root whose paths fit the pattern, class by class. What is left out of
-    your own folders is counted, by reason, in a note."""
+def walk(found: Found, args: argparse.Namespace) -> list[Row]:
+    """The images below the root whose paths fit the pattern, class by class; the real paths of all.
+    What is left out of your own folders is counted, by reason, in a note."""
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
-    entries, left, fits = [], collections.Counter(), re.compile(found.source.paths).fullmatch
-    above = {found.root: [os.path.realpath(found.root)]}  # real paths on the way to a folder
-    for folder, folders, files in os.walk(found.root, followlinks=True):
-        way = above.pop(folder)
-        real = {sub: os.path.realpath(os.path.join(folder, sub)) for sub in folders}
-        kept = [sub for sub in folders if not sub.startswith((".", "__")) and real[sub] not in own]
-        left["hidden or own folders"] += len(folders) - len(kept)
-        # A link to a folder on the way would have no end.
-        ends = [sub for sub in kept if not any(f"{up}/".startswith(f"{real[sub]}/") for up in way)]
-        folders[:] = ends
-        above |= {os.path.join(folder, sub): [*way, real[sub]] for sub in ends}
-        place = os.path.relpath(folder, found.root).replace(os.sep, "/") + "/"
-        place = place.removeprefix("./")
-        for file in files:
-            match = fits(place + file)
-            if match and file.lower().endswith(ENDINGS) and file[0] != ".":
-                named = match.groupdict(default="")
-                part, domain = named.get("part", ""), named.get("domain", "")
-                part = "ood" if domain else PARTS.get(part.lower(), found.source.part)
-                cls = unicodedata.normalize("NFC", named["cls"])
-                entries.append((place + file, cls, part, domain))
-            elif file != "classnames.txt":
-                left[os.path.splitext(file)[1] or "no ending" if match else "no class folder"] += 1
-    text = ", ".join(f"{n} ({why})" for why, n in left.items() if n)
+    rows, left = [], collections.Counter()
+    fits = re.compile(found.source.paths).fullmatch
+    folders = [(found.root, [os.path.realpath(found.root)])]  # and the real paths on the way there
+    for folder, way in folders:
+        for file in os.scandir(folder):
+            real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
+            match = fits(below(file.path, found.root))
+            if file.is_dir():
+                if file.name.startswith((".", "__")) or real in own:
+                    left["hidden or own folders"] += 1
+                elif not any(f"{up}/".startswith(f"{real}/") for up in way):  # it would have no end
+                    folders.append((file.path, [*way, real]))
+            elif not file.name.lower().endswith(ENDINGS) or file.name[0] == ".":
+                left[os.path.splitext(file.name)[1] or "no ending"] += file.name != "classnames.txt"
+            elif match:
+                said = {"cls": "", "part": found.source.part, "domain": ""} | match.groupdict("")
+                rows.append((file.path, said["cls"], said["part"], said["domain"]))
+                found.real[file.path] = real
+            else:
+                left["no class folder"] += 1
+    text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()) if n)
     found.notes += [f"left out: {text}"] if text and ":" in found.name else []
-    return sorted(entries, key=lambda entry: (entry[1], entry[0]))
+    expected = "CLASS/NAME.jpg" if found.source.paths == OWN else found.source.paths
+    require(rows, f"{found.name}: no images in {found.root}; expected are paths {expected}")
+    return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
-def check_parts(found: Found, entries: list[Entry]) -> None:
-    """Your own images: UserError for parts beside classes, and for too many or too few parts."""
-    deep = [path for path, cls, _, _ in entries if cls.lower() == "ood" and path.count("/") > 1]
-    require(not deep, f"{found.root}/{deep[:1]}: expected are ood/NAME/CLASS/*")
-    pairs = {(path.split("/")[0], part) for path, _, part, _ in entries if part != "ood"}
-    parts = sorted(folder for folder, part in pairs if part)
-    classes = sorted(folder for folder, part in pairs if not part)
-    named = [folder for folder in classes if folder.lower() in PARTS]
-    require(not named, f"{found.root}: images lie in {named}: a class needs another folder name")
-    mixed = f"{found.root} holds {parts[:1]}, a part, and {classes[:1]}, a class: rename one"
-    require(not (parts and classes), mixed)
+def check_parts(found: Found, rows: list[Row]) -> None:
+    """UserError for folders of parts beside folders of classes, for too many or too few parts."""
+    folders = {address.rpartition(os.sep)[0] for address, _, _, domain in rows if not domain}
+    paths = [f"{below(folder, found.root)}/" for folder in folders]
+    special = re.compile(rf"(?i:{'|'.join(PARTS)})/|(?i:ood)/[^/]+/").match
+    parts = sorted({path.split("/")[0] for path in paths if special(path)})
+    classes = sorted({cls for _, cls, part, domain in rows if not (part or domain)})
+    require(
+        not (parts and classes),
+        f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
+        "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
+    )
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     good = kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
     require(good, f"{found.root} has {parts}: needed are one train and one test, maybe one val")
     found.notes += [f"the folders {', '.join(parts)} are read as parts"] if parts else []
 
 
-def choose_domains(found: Found, entries: list[Entry], args: argparse.Namespace) -> list[Entry]:
-    """The entries of the domains to train on, and as part "ood" those of the domains to test on."""
-    name, kinds = found.name, found.source.lists
-    given = args.train_domain or (), args.test_domain or ()
-    train, test = given if any(given) else found.source.domains
-    if name.startswith("nico") and not (train or test):
-        return hold_out_contexts(found, entries)
-    known = sorted({domain for *_, domain in entries})
-    require(train or test, f"{name}: name --train-domain or --test-domain, of {', '.join(known)}")
+def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
+    """What the paths say, or published lists. Where there are domains: the rows of those to train
+    on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
+    name, lists = found.name, found.source.lists
+    check_parts(found, rows)
+    if not has_domains(found):
+        files = [(lists[part], part, "") for part in lists]
+        return read_lists(found, rows, files) if files else rows
+    train, test = flags if any(flags) else found.source.domains
+    if name.startswith("nico") and not any(flags):
+        found.notes.append("the last 30 % of every class's contexts, by name, are held out")
+        rows = hold_out_contexts(rows)
+    known = sorted({domain for *_, domain in rows})
     train = train or [domain for domain in known if domain not in test]
     test = test or [domain for domain in known if domain not in train]
-    bad = set([*train, *test]) - set(known) | set(train) & set(test)
-    require(train and test and not bad, f"{name}: trains on {train}, tests on {test}, of {known}")
-    if kinds:
-        pairs = [(kind, domain) for kind in kinds for domain in (test if kind == "ood" else train)]
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(read_lists(found, pairs), key=lambda entry: entry[1].lower())
+    good = train and test and {*train, *test} <= {*known} and not {*train} & {*test}
+    require(
+        good,
+        f"{name}: trains on {train}, tests on {test}: "
+        f"name --train-domain or --test-domain, of {', '.join(known)}",
+    )
+    other = dict.fromkeys(train, "") | {domain: domain for domain in test}
+    if lists:
+        of = {part: test if part == "ood" else train for part in lists}
+        files = [(lists[part].format(d), part, other[d]) for part in lists for d in of[part]]
+        with contextlib.suppress(Missing):
+            return sorted(read_lists(found, rows, files), key=lambda row: row[1].lower())
         found.notes.append("its published lists are not there")
-    part = dict.fromkeys(train, "") | dict.fromkeys(test, "ood")
-    return [(path, cls, part[d], d) for path, cls, _, d in entries if d in part]
+    return [(address, cls, part, other[d]) for address, cls, part, d in rows if d in other]
 
 
-def hold_out_contexts(found: Found, entries: list[Entry]) -> list[Entry]:
+def hold_out_contexts(rows: list[Row]) -> list[Row]:
     """NICO, whose classes have contexts of their own: some of each class's are for testing."""
-    found.notes.append("the last 30 % of every class's contexts, by name, are held out")
-    contexts = collections.defaultdict(set)
-    for _, cls, _, domain in entries:
-        contexts[cls].add(domain)
-    seen = {cls: sorted(own)[: len(own) - round(0.3 * len(own))] for cls, own in contexts.items()}
-    kinds = [("ood", "held-out contexts"), ("", "")]
-    return [(path, cls, *kinds[domain in seen[cls]]) for path, cls, _, domain in entries]
+    contexts = group(sorted({(cls, context) for _, cls, _, context in rows}), lambda pair: pair[0])
+    seen = {pair for own in contexts.values() for pair in own[: len(own) - round(0.3 * len(own))]}
+    return [
+        (address, cls, part, "seen" if (cls, context) in seen else HELD_OUT)
+        for address, cls, part, context in rows
+    ]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -442,8 +439,6 @@ def class_names(found: Found, classes: set[str]) -> dict[str, str]:
     # DomainNet's labels are in such an order.
     ordered = sorted(classes, key=str.lower if has_domains(found) else None)
     own = Path(found.root, "classnames.txt")
-    if found.name == "fgvc_aircraft":
-        ordered = read_text(find_file(found, "variants.txt")).splitlines()
     if ":" in found.name and own.is_file():
         return read_names(found, own, ordered)
     if found.name.startswith("imagenet") or all(re.fullmatch(r"n\d{8}", cls) for cls in classes):
@@ -460,143 +455,127 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
 
     names = dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES))
     file = "open_clip, for the sorted WordNet ids"
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(Missing):
         file = find_file(found, "classnames.txt")
         names = dict(line.partition(" ")[::2] for line in read_text(file).strip().splitlines())
-    if "0" in classes:
-        names = {str(i): text for i, text in enumerate(names.values())}
-    unknown = {cls: cls for cls in classes if cls not in names}
+    names |= {str(i): text for i, text in enumerate(names.values())}
+    unknown = [cls for cls in classes if cls not in names]
     known = not unknown or ":" in found.name
-    require(known, f"{found.root}: the folder {[*unknown][:1]} has no name in {file}")
-    rest = f"; {len(unknown)} ids that it lacks stay as they are" if unknown else ""
-    found.notes.append(f"class names are from {file}{rest}")
-    return {cls: text for cls, text in (names | unknown).items() if cls in classes}
+    require(known, f"{found.root}: the folder {unknown[:1]} has no name in {file}")
+    found.notes.append(f"class names are from {file}, but for {len(unknown)} ids that it lacks")
+    return {cls: names.get(cls, cls) for cls in [*names, *unknown] if cls in classes}
 
 
 def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
     folders in order, where it is clear which order: not for 1, 10, 2."""
-    names, lines = {}, list(filter(str.strip, read_text(file).splitlines()))
+    lines = [unicodedata.normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
     starts = tuple(folder + sign for folder in folders for sign in " ,;:=")
     if not any("\t" in line or line.startswith(starts) for line in lines):
         natural = sorted(folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text))
         swapped = any(line in folders and line != folder for folder, line in zip(folders, lines))
         clear = len(lines) == len(folders) and natural == folders and not swapped
-        text = f"{len(lines)} names alone for {len(folders)} folders, in the order {natural[:3]} .."
-        require(clear, f"{file}: {text} or {folders[:3]} ..? Write FOLDER<tab>NAME")
+        require(
+            clear,
+            f"{file}: {len(lines)} names alone for {len(folders)} folders, in the order "
+            f"{natural[:3]} .. or {folders[:3]} ..? Write FOLDER<tab>NAME",
+        )
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
         found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
-    for line in lines:
-        folder, _, text = line.partition("\t")
-        folder = unicodedata.normalize("NFC", folder.strip())
-        fits = text.strip() and folder in folders and folder not in names
-        require(fits, f"{file}: {line!r}: needed is FOLDER<tab>NAME, once for each class folder")
-        names[folder] = text.strip()
-    missing = [folder for folder in folders if folder not in names]
-    require(not missing, f"{file}: no line for the class folder {missing[:1]}")
-    return {folder: names[folder] for folder in folders}
+    lines_of = group(lines, lambda line: line.partition("\t")[0].strip())
+    wrong = [f for f in [*lines_of, *folders] if f not in folders or len(lines_of[f]) != 1]
+    require(
+        not wrong, f"{file}: {wrong[:1]}: needed is FOLDER<tab>NAME, once for each class folder"
+    )
+    return {folder: lines_of[folder][0].partition("\t")[2].strip() for folder in folders}
 
 
 def check_names(found: Found, names: dict) -> None:
     """Classes that prompts cannot tell apart: their tokens are the same, or none."""
     from open_clip import SimpleTokenizer
 
-    tokenizer, twins = SimpleTokenizer(), collections.defaultdict(list)
+    encode = SimpleTokenizer().encode
+    twins = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
+    same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
     if len(names) < 2:
         found.faults.append(f"there is one class, {[*names.values()]}: two are needed")
-    for text in names.values():
-        twins[tuple(tokenizer.encode(text.replace("_", " ")))].append(text)
-    same = [group for tokens, group in twins.items() if len(group) > 1 or not tokens]
-    if found.name.startswith("imagenet"):  # whose own list has such pairs
-        found.notes += [f"classes {group} have one prompt, and stay apart" for group in same]
-    else:
-        found.faults += [f"classes {group} have one prompt, or no name: rename" for group in same]
+    told = found.notes if found.name.startswith("imagenet") else found.faults  # as published
+    told += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
 
 
 def split_rest(found: Found) -> None:
     """Parts that nothing on disk gives are ours: the same for every seed, so that all seeds share a
-    test set."""
-    parts, name = found.parts, found.name
-    parts["train"] += parts.pop("")
-    if name == "imagenet" or (name[:7] == "folder:" and parts["val"] and not parts["test"]):
-        parts["test"], parts["val"] = parts["val"], []
-        found.notes.append("its val is the test part")
-    missing = [part for part in ("val", "test") if not parts[part] and parts["train"]]
-    if "test" in missing or (missing and found.ood):
-        shares = dict.fromkeys(missing, 0.1) if found.ood else {"train": 0.5, "val": 0.2}
-        parts |= split_items(parts["train"], shares, found)
-        text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
-        found.notes.append(f"split: ours, {text}, the rest {'train' if found.ood else 'test'}")
-        if found.ood and not parts["test"]:
-            found.faults.append("too few images to split: 6 a class are needed")
-    if parts["train"]:
-        trained = {label for _, label in parts["train"]}
-        extra = [cls for label, cls in enumerate(found.classnames) if label not in trained]
-        told = found.faults if name[:7] == "folder:" or not found.ood else found.notes
-        text = "has no training image: add one, or remove its other images"
-        told += [f"class {cls!r} {text}" for cls in extra]
-
-
-def split_items(items: list[Item], shares: dict[str, float], found: Found) -> dict[str, list[Item]]:
-    """Give every part its share of each class, rounded (CoOp's rule). The rest is the test part
-    where train has a share, and else stays in train.
+    test set. Every part has its share of each class, rounded (CoOp's rule).
 
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
     """
-    parts = {part: [] for part in (*shares, "test" if "train" in shares else "train")}
-    for label, group in by_label(items).items():
-        n = len(group)
-        if n < 4 and "train" in shares:
-            text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
-            found.faults.append(f"{text}: 4 are needed")
-        group.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
-        stops = [0, *itertools.accumulate(round(share * n) for share in shares.values()), n]
-        for part, start, stop in zip(parts, stops, stops[1:]):
-            parts[part] += group[start:stop]
-    return parts
+    sets, name = found.sets, found.name
+    ood = any(domain for _, domain in sets)
+    if name == "imagenet" or (name[:7] == "folder:" and sets["val", ""] and not sets["test", ""]):
+        sets["test", ""], sets["val", ""] = sets["val", ""], []
+        found.notes.append("its val is the test part")
+    train = group(sets["train", ""], lambda item: item[1])
+    missing = [part for part in ("val", "test") if not sets[part, ""] and train]
+    if "test" in missing or (missing and ood):
+        plain = {"train": 0.5, "val": 0.2, "test": 1}  # the last part takes the rest
+        shares = dict.fromkeys(missing, 0.1) | {"train": 1} if ood else plain
+        text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
+        found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
+        sets |= {(part, ""): [] for part in shares}
+        for label, images in train.items():
+            n = len(images)
+            if n < 4 and not ood:
+                found.faults.append(
+                    f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30: "
+                    "4 are needed"
+                )
+            images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
+            stops = itertools.accumulate((round(share * n) for share in shares.values()), initial=0)
+            for part, (start, stop) in zip(shares, itertools.pairwise(stops)):
+                sets[part, ""] += images[start:stop]
+        if ood and not sets["test", ""]:
+            found.faults.append("too few images to split: 6 a class are needed")
+    untrained = [cls for i, cls in enumerate(found.classnames) if train and i not in train]
+    told = found.notes if has_domains(found) else found.faults
+    told += [
+        f"class {cls!r} has no training image: add one, or remove its other images"
+        for cls in untrained
+    ]
 
 
-def check_overlaps(found: Found, identity: Callable[[str], object], how: str) -> None:
+def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     """A note on images that are there twice, by their identity; a fault where they are both trained
     and tested on."""
-    first, twice = {}, collections.defaultdict(list)
-    for part, items in [*found.parts.items(), *(("test", items) for items in found.ood.values())]:
-        for address, label in items:
-            use = (address, part, label)
-            known = first.setdefault(identity(address), use)
-            if known is not use:
-                twice[known].append(use)
-    uses = [list(zip(known, *more)) for known, more in twice.items()]  # addresses, parts, labels
-    if uses:
-        classes = sum(len(set(labels)) > 1 for _, _, labels in uses)
-        apart = sum(len(set(parts)) > 1 for _, parts, _ in uses)
-        text = f"{len(uses)} images are there {how}, {classes} of them in two classes"
-        found.notes.append(f"{text}, {apart} in two parts")
-    for addresses, parts, _ in uses:
+    items = itertools.chain(*found.sets.values())
+    count = collections.Counter(identity[address] for address, _ in items)
+    uses = [
+        (address, label, part)
+        for (part, _), items in found.sets.items()
+        for address, label in items
+        if count[identity[address]] > 1
+    ]
+    same = group(uses, lambda use: identity[use[0]]).values()
+    twice = [list(zip(*copies)) for copies in same]  # addresses, labels, parts
+    if twice:
+        classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
+        apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
+        found.notes.append(
+            f"{len(twice)} images are there {how}, {classes} of them in two classes, "
+            f"{apart} in two parts"
+        )
+    for addresses, _, parts in twice:
         path = dict(zip(parts, addresses))
         if {"train", "test"} <= path.keys():
-            text = f"{path['train']}, trained on, and {path['test']}, tested on, are one image"
-            found.faults.append(f"{text}: remove one")
-
-
-def real_paths() -> Callable[[str], str]:
-    """A function that follows links. Each folder is asked once, and no file: there may be many."""
-    folders = functools.cache(os.path.realpath)
-    links = functools.cache(lambda folder: {e.name for e in os.scandir(folder) if e.is_symlink()})
-
-    def real(address: str) -> str:
-        folder, _, file = address.rpartition("/")
-        path = f"{folders(folder)}/{file}"
-        return os.path.realpath(path) if file in links(folder) else path
-
-    return real
+            found.faults.append(
+                f"{path['train']}, trained on, and {path['test']}, tested on, are one image: "
+                "remove one"
+            )
 
 
 def below(address: str, root: str) -> str:
     """An address without its root, the same wherever the dataset lies."""
-    path = address[len(root) :].lstrip(os.sep).replace(os.sep, "/")
-    return unicodedata.normalize("NFC", path)
+    return unicodedata.normalize("NFC", address[len(root) :].replace(os.sep, "/").lstrip("/"))
 
 
 # 4. DRAWS: each is a pure function of its seed, so that no generator's state has to be saved ------
@@ -609,18 +588,18 @@ def generator(seed: int, purpose: str, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed(seed, purpose, *where))
 
 
-def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[Tensor]:
+def batches(n: int, size: int, seed: int, epoch: int, max_steps: int = 0) -> list[torch.Tensor]:
     """Shuffled batches of positions, at most max_steps (0: all). As released, the partial batch is
     dropped if a full one exists."""
     parts = torch.randperm(n, generator=generator(seed, "order", epoch)).split(size)
     return list(parts[:-1] if n >= size and n % size else parts)[: max_steps or None]
 
 
-def by_label(items: list[Item]) -> dict[int, list[Item]]:
-    """{label: its items}, labels in order of first appearance."""
+def group(things: Iterable, key: Callable) -> dict:
+    """{key: the things that have it}, keys in order of first appearance."""
     groups = collections.defaultdict(list)
-    for item in items:
-        groups[item[1]].append(item)
+    for thing in things:
+        groups[key(thing)].append(thing)
     return groups
 
 
@@ -631,7 +610,7 @@ def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[
     rng = random.Random(seed)
 
     def draw(items: list[Item], k: int) -> list[Item]:
-        groups = by_label(items).values()
+        groups = group(items, lambda item: item[1]).values()
         drawn = [rng.sample(group, k) if len(group) >= k else group for group in groups]
         return list(itertools.chain(*drawn))
 
@@ -687,26 +666,28 @@ def load_task(args: argparse.Namespace) -> Task:
     braces = re.fullmatch(r"[^{}]*\{\}[^{}]*", own or "{}")
     require(braces, f"--template {own!r} needs one {{}}, where the class name goes")
     found = read(name, args)
-    parts, n = found.parts, len(found.classnames)
-    require(parts["train"], f"{name} is for testing only: train on another, with --test-on {name}")
+    sets, n = found.sets, len(found.classnames)
+    require(
+        sets["train", ""], f"{name} is for testing only: train on another, with --test-on {name}"
+    )
     require(args.classes == "all" or n > 3, f"{name}: {n} classes have no base and new half")
     classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
-    drawn = fewshot(parts["train"], parts["val"], args.shots, args.seed)
+    drawn = fewshot(sets["train", ""], sets["val", ""], args.shots, args.seed)
     train, val = (keep_labels(items, range(len(classnames))) for items in drawn)
-    counts = collections.Counter(label for _, label in train)
-    least = min(counts[label] for label in range(len(classnames)))
-    few = least == 0 or (args.shots != "all" and least < args.shots)
-    found.notes += [f"a class has {least} training images, no more"] if few else []
+    least = min(collections.Counter(label for _, label in train).values(), default=0)
+    if args.shots != "all" and least < args.shots:
+        found.notes.append(f"a class has {least} training images, no more")
     template = own or found.source.template
     tests = make_tests(found, args.classes, args.test_part, template)
-    anywhere = argparse.Namespace(**vars(args) | {"train_domain": None, "test_domain": None})
     for other in args.test_on:
-        target = read(other, anywhere)
+        target = read(other, args)
         tests += make_tests(target, "all", args.test_part, target.source.template)
         found.notes += target.notes
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
-    texts = classnames, template, own or found.source.teacher or template
-    return Task(name, *texts, train, val, tests, found.notes, lines, found.root)
+    teacher = own or found.source.teacher or template
+    return Task(
+        name, classnames, template, teacher, train, val, tests, found.notes, lines, found.root
+    )
 
 
 def trained_on(task: Task, lines: list[str]) -> int:
@@ -719,10 +700,11 @@ def trained_on(task: Task, lines: list[str]) -> int:
 def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:
     """In-distribution first, all classes or base and new; then the other domains."""
     n = len(found.classnames)
-    half = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
+    halves = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
+    domains = {domain: items for (of, domain), items in found.sets.items() if of == part}
     tests = []
-    for domain, items in {"": found.parts[part], **(found.ood if part == "test" else {})}.items():
-        for which, labels in ({"all": range(n)} if classes == "all" else half).items():
+    for domain, items in domains.items():
+        for which, labels in ({"all": range(n)} if classes == "all" else halves).items():
             names, own = found.classnames[labels.start : labels.stop], keep_labels(items, labels)
             tests += [Test(found.name, domain, which, names, template, own)] if own else []
     require(tests, f"{found.name} has no images in its {part} part")
@@ -763,20 +745,19 @@ def read_image(address: str) -> Image.Image:
     try:
         with Image.open(address) as image:
             short, long = sorted(image.size)
-            limit = f"the limits are {MAX_PIXELS:,}, and 200 times as long as wide: shrink it"
-            fits = short * long <= MAX_PIXELS and long <= 200 * short
-            require(fits, f"{short} x {long} pixels; {limit}")
+            fits = short * long <= Image.MAX_IMAGE_PIXELS and long <= 200 * short
+            limits = f"{Image.MAX_IMAGE_PIXELS:,}, and 200 times as long as wide"
+            require(fits, f"{short} x {long} pixels; the limits are {limits}: shrink it")
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode in ("F", "I"):
-                low, high = image.getextrema()
-                fits = high <= 1 if image.mode == "F" else 255 < high < 65536
+            if image.mode[0] in "FI":  # I;16, too. Pillow would clip all above 255 to white
+                values = image.convert(image.mode[0])
+                low, high = values.getextrema()
+                fits = {"F": high <= 1, "I": 255 < high < 65536}.get(image.mode, True)
                 wanted = "floats to [0, 1], whole numbers to 8 or 16 bit"
                 require(low >= 0 and fits, f"values {low:g} to {high:g}: scale {wanted}")
-            if image.mode == "F":
-                image = image.point(lambda value: value * 255 + 0.5).convert("L")
-            if image.mode.startswith("I"):  # 16 bit: Pillow would clip all above 255 to white
-                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+                scale, offset = (255, 0.5) if image.mode == "F" else (1 / 256, 0)
+                image = values.point(lambda value: value * scale + offset).convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise UserError(f"{address}: {error or type(error).__name__}") from error
@@ -784,14 +765,13 @@ def read_image(address: str) -> Image.Image:
 
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies where they must not be."""
-
-    def content(address: str) -> object:
-        readable = os.access(address, os.R_OK)  # no link to nothing
-        return hashlib.sha1(Path(address).read_bytes()).digest() if readable else address
-
-    if found.root:
-        check_overlaps(found, content, "as copies")
-    bad = bad_images(itertools.chain(*found.parts.values(), *found.ood.values()))
+    items = list(itertools.chain(*found.sets.values()))
+    content = {file: file for file, _ in items}
+    for file in content:
+        if os.access(file, os.R_OK):  # no link to nothing, no toy
+            content[file] = hashlib.sha1(Path(file).read_bytes()).digest()
+    check_overlaps(found, content, "as copies")
+    bad = bad_images(items)
     found.faults += bad
     found.notes += [] if bad else ["all images can be read"]
 
@@ -849,8 +829,9 @@ def image_loader(images: ImageSet, lists: list[list[int]], args) -> DataLoader:
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
     n, pin = min(args.workers, len(images) // 64), args.device != "cpu"
-    keep = {"persistent_workers": n > 0, "pin_memory": pin}
-    return DataLoader(images, batch_sampler=lists, num_workers=n, **keep)
+    return DataLoader(
+        images, batch_sampler=lists, num_workers=n, persistent_workers=n > 0, pin_memory=pin
+    )
 
 
 # 7. THE COMMAND: what is there --------------------------------------------------------------------
@@ -862,7 +843,7 @@ LIKE = dict.fromkeys(world.TASKS, "like the 11 datasets of ProGrad and VPT") | {
 
 def describe(found: Found, whole: bool) -> None:
     """A line about a dataset; then its notes, and the images of each class and part."""
-    sets = found.parts | {f"ood {domain}": items for domain, items in found.ood.items()}
+    sets = {f"ood {domain}" if domain else p: items for (p, domain), items in found.sets.items()}
     sizes = ", ".join(f"{len(items)} {part}" for part, items in sets.items() if items)
     where = LIKE.get(found.name, f"in {found.root}")
     print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; {where}")
@@ -878,8 +859,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("--dataset", "--data-root", "--download", "--train-domain", "--test-domain"):
         parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
-    parser.set_defaults(data_root="data")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
+    alone = not (args.download or args.check_images)
+    require(args.dataset or alone, "name one --dataset for this")
     if args.dataset:
         found = find(args.dataset, args)
         if args.check_images:
@@ -887,15 +869,12 @@ def main(argv: list[str] | None = None) -> None:
         describe(found, True)
         print("".join(f"{fault}\n" for fault in found.faults), end="")
         require(not found.faults, f"{len(found.faults)} faults, named above: mend them first")
-        return
-    require(not (args.download or args.check_images), "name one --dataset for this")
-    for name in [*world.TASKS, *SOURCES]:
-        try:
-            describe(read(name, args), False)
-        except UserError as error:
-            print(f"{name:30} {str(error).removeprefix(f'{name}: ')}")
-        except OSError as error:
-            print(f"{name:30} {explain(error)[1]}")
+    else:
+        for name in [*world.TASKS, *SOURCES]:
+            try:
+                describe(read(name, args), False)
+            except (UserError, OSError) as error:
+                print(f"{name:30} {str(error).removeprefix(f'{name}: ')}")
 
 
 if __name__ == "__main__":

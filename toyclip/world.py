@@ -563,13 +563,13 @@ def task_labels(name, part):
 
 
 def task_items(name):
-    """Class names; {train, val, test: [(address, label), ..]}; the same of the parts out of distribution."""
-    parts = {
-        part: [(f"toy:{name}/{part}/{i}", label) for i, label in enumerate(task_labels(name, part))]
-        for part in TASKS[name].parts
-    }
-    own = {part: parts.pop(part) for part in ("train", "val", "test")}
-    return TASKS[name].classnames, own, parts
+    """Class names; {(part, domain): [(address, label), ..]}, with the domain "" in distribution."""
+    sets = {}
+    for part in TASKS[name].parts:
+        key = (part, "") if part in ("train", "val", "test") else ("test", part)
+        labels = enumerate(task_labels(name, part))
+        sets[key] = [(f"toy:{name}/{part}/{i}", label) for i, label in labels]
+    return TASKS[name].classnames, sets
 
 
 def item_image(address):
