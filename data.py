@@ -227,20 +227,19 @@ def read(name: str, args: argparse.Namespace) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
     what."""
     found = find(name, args)
-    faults = f"{len(found.faults)} faults: {'; '.join(found.faults[:5])}"
-    require(not found.faults, f"{found.root} has {faults}")
+    more = f" (the first 5 of {len(found.faults)} faults)" * (len(found.faults) > 5)
+    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5])}{more}")
     return found
 
 
 def find(name: str, args: argparse.Namespace) -> Found:
     """The same with its faults, as far as they do not keep it from being read."""
-    if name in world.TASKS:
-        task = world.TASKS[name]
-        return Found(name, Source("", template=task.template), "", *world.task_items(name))
     found = locate(name, args)
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
     known = has_domains(found) or not any(flags)
     require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
+    if name in world.TASKS:
+        return found
     rows = walk(found, args)
     if found.source.split:
         rows, names = read_split(found, args)
@@ -264,7 +263,11 @@ def has_domains(found: Found) -> bool:
 
 
 def locate(name: str, args: argparse.Namespace) -> Found:
-    """The row of a dataset and its image folder; with --download torchvision fetches it."""
+    """The row of a dataset and its image folder; with --download torchvision fetches it. A toy
+    task is found whole."""
+    if name in world.TASKS:
+        source = Source("", template=world.TASKS[name].template)
+        return Found(name, source, "", *world.task_items(name))
     kind, _, path = name.partition(":")
     if kind in ("folder", "domains") and path:
         root = os.path.expanduser(path)
@@ -349,21 +352,23 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
     rows, left = [], collections.Counter()
     fits = re.compile(found.source.paths).fullmatch
-    folders = [(found.root, [os.path.realpath(found.root)])]  # and the real paths on the way there
-    for folder, way in folders:
+    folders = [(found.root, "", [os.path.realpath(found.root)])]  # grows on the way
+    for folder, place, way in folders:  # way: the real paths of the folders that lead here
         for file in os.scandir(folder):
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
-            match = fits(below(file.path, found.root))
+            match = fits(place + file.name)
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
                     left["hidden or own folders"] += 1
                 elif not any(f"{up}/".startswith(f"{real}/") for up in way):  # it would have no end
-                    folders.append((file.path, [*way, real]))
+                    below_root = unicodedata.normalize("NFC", f"{place}{file.name}/")
+                    folders.append((file.path, below_root, [*way, real]))
             elif not file.name.lower().endswith(ENDINGS) or file.name[0] == ".":
                 left[os.path.splitext(file.name)[1] or "no ending"] += file.name != "classnames.txt"
             elif match:
-                said = {"cls": "", "part": found.source.part, "domain": ""} | match.groupdict("")
-                rows.append((file.path, said["cls"], said["part"], said["domain"]))
+                said = match.groupdict("")
+                part = said.get("part", found.source.part)
+                rows.append((file.path, said.get("cls", ""), part, said.get("domain", "")))
                 found.real[file.path] = real
             else:
                 left["no class folder"] += 1
@@ -389,7 +394,8 @@ def check_parts(found: Found, rows: list[Row]) -> None:
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     good = kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
     require(good, f"{found.root} has {parts}: needed are one train and one test, maybe one val")
-    found.notes += [f"the folders {', '.join(parts)} are read as parts"] if parts else []
+    note = f"the folders {', '.join(parts)} are read as parts"
+    found.notes += [note] if parts and ":" in found.name else []
 
 
 def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
@@ -462,7 +468,8 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
     unknown = [cls for cls in classes if cls not in names]
     known = not unknown or ":" in found.name
     require(known, f"{found.root}: the folder {unknown[:1]} has no name in {file}")
-    found.notes.append(f"class names are from {file}, but for {len(unknown)} ids that it lacks")
+    rest = f", but for {len(unknown)} ids that it lacks" * bool(unknown)
+    found.notes.append(f"class names are from {file}{rest}")
     return {cls: names.get(cls, cls) for cls in [*names, *unknown] if cls in classes}
 
 
@@ -499,8 +506,10 @@ def check_names(found: Found, names: dict) -> None:
     same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
     if len(names) < 2:
         found.faults.append(f"there is one class, {[*names.values()]}: two are needed")
-    told = found.notes if found.name.startswith("imagenet") else found.faults  # as published
-    told += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
+    if found.name.startswith("imagenet"):  # whose own list has such pairs
+        found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
+    else:
+        found.faults += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
 
 
 def split_rest(found: Found) -> None:
@@ -510,9 +519,9 @@ def split_rest(found: Found) -> None:
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
     """
-    sets, name = found.sets, found.name
+    sets = found.sets
     ood = any(domain for _, domain in sets)
-    if name == "imagenet" or (name[:7] == "folder:" and sets["val", ""] and not sets["test", ""]):
+    if sets["val", ""] and not (sets["test", ""] or found.source.lists):  # PACS has train, val
         sets["test", ""], sets["val", ""] = sets["val", ""], []
         found.notes.append("its val is the test part")
     train = group(sets["train", ""], lambda item: item[1])
@@ -547,23 +556,18 @@ def split_rest(found: Found) -> None:
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     """A note on images that are there twice, by their identity; a fault where they are both trained
     and tested on."""
-    items = itertools.chain(*found.sets.values())
-    count = collections.Counter(identity[address] for address, _ in items)
-    uses = [
-        (address, label, part)
-        for (part, _), items in found.sets.items()
-        for address, label in items
-        if count[identity[address]] > 1
-    ]
+    items = list(itertools.chain(*found.sets.values()))
+    if len({identity[address] for address, _ in items}) == len(items):
+        return
+    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
     same = group(uses, lambda use: identity[use[0]]).values()
-    twice = [list(zip(*copies)) for copies in same]  # addresses, labels, parts
-    if twice:
-        classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
-        apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-        found.notes.append(
-            f"{len(twice)} images are there {how}, {classes} of them in two classes, "
-            f"{apart} in two parts"
-        )
+    twice = [list(zip(*copies)) for copies in same if len(copies) > 1]  # addresses, labels, parts
+    classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
+    apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
+    found.notes.append(
+        f"{len(twice)} images are there {how}, {classes} of them in two classes, "
+        f"{apart} in two parts"
+    )
     for addresses, _, parts in twice:
         path = dict(zip(parts, addresses))
         if {"train", "test"} <= path.keys():
