@@ -38,8 +38,8 @@ def read_results(folders: list[str]) -> dict[str, list[dict]]:
         settings = json.loads(key)
         seeds = [result["settings"]["seed"] for result in results]
         twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-        require(not twice, f"seed {twice[:1]} is there twice in runs with equal settings")
         what = [settings[k] for k in KIND]
+        require(not twice, f"seed {twice[:1]} is there twice in runs with equal settings: {what}")
         alike = [o for o in map(json.loads, rows) if [o[k] for k in KIND] == what]
         differ = [k for k in settings if any(o.get(k) != settings[k] for o in alike)]
         more = [f"{k} {settings[k]}" for k in sorted(differ)]
