@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from toyclip import world
 
 Item = tuple[str, int]  # (address, label); an address is a path or toy:TASK/PART/INDEX
-Row = tuple[str, str, str, str]  # address, class folder, part, domain
+Row = tuple[str, str | int, str, str]  # address, class folder, part, domain
 ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
 
 
@@ -202,7 +202,7 @@ SOURCES = {
 }
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "val", "valid": "val", "validation": "val"}
-OWN = rf"((?i:ood)/(?P<domain>[^/]+)/|(?P<part>(?i:{'|'.join(PARTS)}))/)?{CLASS}"
+OWN = rf"((?i:ood)/(?P<domain>[^/]+)/|(?P<part>(?ai:{'|'.join(PARTS)}))/)?{CLASS}"
 OWN_DOMAINS = f"(?P<domain>[^/]+)/{CLASS}"
 # fmt: on
 
@@ -227,8 +227,8 @@ def read(name: str, args: argparse.Namespace) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
     what."""
     found = find(name, args)
-    more = f" (the first 5 of {len(found.faults)} faults)" * (len(found.faults) > 5)
-    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5])}{more}")
+    more = ["and more: see data.py --check-images"] if len(found.faults) > 5 else []
+    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5] + more)}")
     return found
 
 
@@ -236,12 +236,14 @@ def find(name: str, args: argparse.Namespace) -> Found:
     """The same with its faults, as far as they do not keep it from being read."""
     found = locate(name, args)
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
-    known = has_domains(found) or not any(flags)
-    require(known, f"{name} has no domains: leave out --train-domain, --test-domain")
+    require(
+        has_domains(found) or not any(flags),
+        f"{name} has no domains: leave out --train-domain, --test-domain",
+    )
     if name in world.TASKS:
         return found
     rows = walk(found, args)
-    if found.source.split:
+    if found.source.split:  # which names images that the walk has found
         rows, names = read_split(found, args)
     else:
         rows = choose_rows(found, rows, flags)
@@ -254,7 +256,7 @@ def find(name: str, args: argparse.Namespace) -> Found:
         key = ("test", domain) if domain else (PARTS.get(part.lower(), "train"), "")
         found.sets.setdefault(key, []).append((address, label[cls]))
     split_rest(found)
-    check_overlaps(found, found.real, "under several paths")
+    check_overlaps(found, found.real, "more than once")
     return found
 
 
@@ -275,13 +277,17 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         return Found(name, Source(path, paths=OWN if kind == "folder" else OWN_DOMAINS), root)
     known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
     require(name in SOURCES, f"no dataset is called {name!r}: use {', '.join(known)}")
-    source, data_root = SOURCES[name], os.path.expanduser(args.data_root)
+    source = SOURCES[name]
+    data_root = os.path.expanduser(args.data_root)
     places = [os.path.join(data_root, place) for place in source.images.split()]
     fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
-        getattr(datasets, fetch[1])(data_root, download=True)
+        try:
+            getattr(datasets, fetch[1])(data_root, download=True)
+        except Exception as error:  # no network, half an archive, another hash
+            raise UserError(f"{name} could not be fetched: {error}") from error
     there = list(filter(os.path.isdir, places))
     require(there, f"{name}: no images in {' or '.join(places)}: get {source.get}")
     return Found(name, source, there[0])
@@ -290,9 +296,9 @@ def locate(name: str, args: argparse.Namespace) -> Found:
 def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
     root, above = Path(found.root), Path(found.root).parent
-    near = [above, root, above / "splits", root / "splits", above / "imagenet"]
-    there = [place / file for place in [*near, above.parent / "imagenet"]]
-    path = next(filter(Path.is_file, there), above / file)
+    near = [above, root, above / "splits", root / "splits"]
+    near += [above / "imagenet", above.parent / "imagenet"]  # of its variants
+    path = next((p / file for p in near if (p / file).is_file()), above / file)
     if url and not path.is_file():
         write(path, urllib.request.urlopen(url).read())
     if not path.is_file():
@@ -311,14 +317,19 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
     """CoOp's split file → rows, {label: class name}."""
     fetch = args.download and found.name not in ("food101", "sun397")
     file = find_file(found, found.source.split, SPLITS + found.source.split if fetch else "")
-    split, rows, names = read_json(file), [], {}
+    split = read_json(file)
+    rows, names = [], {}
     for part in ("train", "val", "test"):
-        listed = isinstance(split.get(part), list)
-        require(listed, f'{file} has no list "{part}" of [path, label, class name]')
+        require(
+            isinstance(split.get(part), list),
+            f'{file} has no list "{part}" of [path, label, class name]',
+        )
         for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
-            good = isinstance(row, list) and [*map(type, row)] == [str, int, str]
-            require(good, f"{where} is not [path, label, class name]")
+            require(
+                isinstance(row, list) and [*map(type, row)] == [str, int, str],
+                f"{where} is not [path, label, class name]",
+            )
             path, label, name = row
             known = names.setdefault(label, name)
             require(known == name, f"{where}: this label is {known!r} before")
@@ -340,17 +351,20 @@ def read_lists(found: Found, rows: list[Row], lists: list[tuple[str, str, str]])
         for i, line in enumerate(read_text(file).splitlines(), 1):
             path, _, label = line.strip().partition(" ")
             path = f"{path}.jpg" if path.isdigit() else path
-            if path != "sketch/dog/n02103406_4068-1.png":  # Dassl leaves it out of PACS, too
+            # An empty line, and what Dassl leaves out of PACS, too.
+            if path not in ("", "sketch/dog/n02103406_4068-1.png"):
                 address = address_of(found, path, f"{file}, line {i}")
                 listed.append((address, classes[address] or label, part, domain))
     return listed
 
 
 def walk(found: Found, args: argparse.Namespace) -> list[Row]:
-    """The images below the root whose paths fit the pattern, class by class; the real paths of all.
-    What is left out of your own folders is counted, by reason, in a note."""
+    """The images below the root whose paths fit the pattern, class by class; their real paths go to
+    found.real. What is left out of your own folders is counted, by reason, in a note."""
+    # A run's own folders, which may lie among the photos.
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
-    rows, left = [], collections.Counter()
+    rows = []
+    left = collections.Counter()
     fits = re.compile(found.source.paths).fullmatch
     folders = [(found.root, "", [os.path.realpath(found.root)])]  # grows on the way
     for folder, place, way in folders:  # way: the real paths of the folders that lead here
@@ -360,30 +374,36 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
                     left["hidden or own folders"] += 1
-                elif not any(f"{up}/".startswith(f"{real}/") for up in way):  # it would have no end
+                # A link to a folder on the way would have no end.
+                elif not any(f"{up}/".startswith(f"{real}/") for up in way):
                     below_root = unicodedata.normalize("NFC", f"{place}{file.name}/")
                     folders.append((file.path, below_root, [*way, real]))
-            elif not file.name.lower().endswith(ENDINGS) or file.name[0] == ".":
-                left[os.path.splitext(file.name)[1] or "no ending"] += file.name != "classnames.txt"
+            elif file.name[0] == ".":
+                left["hidden files"] += 1
+            elif place + file.name != "classnames.txt" and not file.name.lower().endswith(ENDINGS):
+                left[os.path.splitext(file.name)[1] or "no ending"] += 1
             elif match:
                 said = match.groupdict("")
                 part = said.get("part", found.source.part)
                 rows.append((file.path, said.get("cls", ""), part, said.get("domain", "")))
                 found.real[file.path] = real
-            else:
+            elif file.name != "classnames.txt":
                 left["no class folder"] += 1
-    text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()) if n)
-    found.notes += [f"left out: {text}"] if text and ":" in found.name else []
-    expected = "CLASS/NAME.jpg" if found.source.paths == OWN else found.source.paths
-    require(rows, f"{found.name}: no images in {found.root}; expected are paths {expected}")
+    if left and ":" in found.name:
+        text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()))
+        found.notes.append(f"left out: {text}")
+    wanted = {OWN: "CLASS/NAME.jpg", OWN_DOMAINS: "DOMAIN/CLASS/NAME.jpg"}
+    get = wanted.get(found.source.paths, found.source.get)
+    require(rows, f"{found.name}: no images in {found.root}: needed is {get}")
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def check_parts(found: Found, rows: list[Row]) -> None:
-    """UserError for folders of parts beside folders of classes, for too many or too few parts."""
+    """UserError for folders of parts beside folders of classes, for too many or too few parts. A
+    note says which of your own folders are read as parts."""
     folders = {address.rpartition(os.sep)[0] for address, _, _, domain in rows if not domain}
     paths = [f"{below(folder, found.root)}/" for folder in folders]
-    special = re.compile(rf"(?i:{'|'.join(PARTS)})/|(?i:ood)/[^/]+/").match
+    special = re.compile(rf"(?ai:{'|'.join(PARTS)})/|(?i:ood)/[^/]+/").match
     parts = sorted({path.split("/")[0] for path in paths if special(path)})
     classes = sorted({cls for _, cls, part, domain in rows if not (part or domain)})
     require(
@@ -392,16 +412,19 @@ def check_parts(found: Found, rows: list[Row]) -> None:
         "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
     )
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
-    good = kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
-    require(good, f"{found.root} has {parts}: needed are one train and one test, maybe one val")
-    note = f"the folders {', '.join(parts)} are read as parts"
-    found.notes += [note] if parts and ":" in found.name else []
+    require(
+        kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"]),
+        f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
+    )
+    if parts and ":" in found.name:
+        found.notes.append(f"the folders {', '.join(parts)} are read as parts")
 
 
 def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     """What the paths say, or published lists. Where there are domains: the rows of those to train
     on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
-    name, lists = found.name, found.source.lists
+    name = found.name
+    lists = found.source.lists
     check_parts(found, rows)
     if not has_domains(found):
         files = [(lists[part], part, "") for part in lists]
@@ -423,9 +446,10 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     if lists:
         of = {part: test if part == "ood" else train for part in lists}
         files = [(lists[part].format(d), part, other[d]) for part in lists for d in of[part]]
-        with contextlib.suppress(Missing):
+        try:
             return sorted(read_lists(found, rows, files), key=lambda row: row[1].lower())
-        found.notes.append("its published lists are not there")
+        except Missing as error:
+            found.notes.append(f"not by its published lists: {error}")
     return [(address, cls, part, other[d]) for address, cls, part, d in rows if d in other]
 
 
@@ -442,33 +466,42 @@ def hold_out_contexts(rows: list[Row]) -> list[Row]:
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
 def class_names(found: Found, classes: set[str]) -> dict[str, str]:
     """{class folder: its name in prompts}, in label order."""
-    # DomainNet's labels are in such an order.
-    ordered = sorted(classes, key=str.lower if has_domains(found) else None)
+    # Of domains without regard to case, as DomainNet's labels are.
+    ordered = sorted(sorted(classes), key=str.lower if has_domains(found) else None)
     own = Path(found.root, "classnames.txt")
     if ":" in found.name and own.is_file():
         return read_names(found, own, ordered)
-    if found.name.startswith("imagenet") or all(re.fullmatch(r"n\d{8}", cls) for cls in classes):
-        return wordnet_names(found, ordered)
     bad = [cls for cls in ordered if re.search("[\ud800-\udfff]", cls)]
-    require(not bad, f"{found.root}: the folder {bad[:1]} is not UTF-8: name it in classnames.txt")
-    return dict(zip(ordered, ordered))
+    require(
+        not bad,
+        f"{found.root}: the folder {bad[:1]} is not UTF-8: rename it, or name all classes in order "
+        "in classnames.txt",
+    )
+    if found.name.startswith("imagenet") or any(re.fullmatch(r"n\d{8}", cls) for cls in classes):
+        return wordnet_names(found, ordered)
+    return {cls: cls for cls in ordered}
 
 
 def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
-    """Of WordNet ids: by classnames.txt ("WNID NAME" lines), else open_clip's. V2 has 0 to 999."""
+    """Of WordNet ids: ImageNet's classnames.txt ("WNID NAME" lines), else open_clip's. ImageNetV2's
+    folders are called 0 to 999, in the same order."""
     from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
     names = dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES))
     file = "open_clip, for the sorted WordNet ids"
     with contextlib.suppress(Missing):
-        file = find_file(found, "classnames.txt")
-        names = dict(line.partition(" ")[::2] for line in read_text(file).strip().splitlines())
-    names |= {str(i): text for i, text in enumerate(names.values())}
+        if found.name in SOURCES:  # beside your own folders such a file belongs to others
+            file = find_file(found, "classnames.txt")
+            names = dict(re.findall(r"^(\S+)\s+(.+)$", read_text(file), re.MULTILINE))
+    if found.name == "imagenetv2":
+        names = {str(i): text for i, text in enumerate(names.values())}
     unknown = [cls for cls in classes if cls not in names]
-    known = not unknown or ":" in found.name
-    require(known, f"{found.root}: the folder {unknown[:1]} has no name in {file}")
-    rest = f", but for {len(unknown)} ids that it lacks" * bool(unknown)
+    require(
+        not unknown or ":" in found.name,
+        f"{found.root}: the folder {unknown[:1]} has no name in {file}",
+    )
+    rest = f", but for {len(unknown)} folders that it lacks" if unknown else ""
     found.notes.append(f"class names are from {file}{rest}")
     return {cls: names.get(cls, cls) for cls in [*names, *unknown] if cls in classes}
 
@@ -479,7 +512,9 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     lines = [unicodedata.normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
     starts = tuple(folder + sign for folder in folders for sign in " ,;:=")
     if not any("\t" in line or line.startswith(starts) for line in lines):
-        natural = sorted(folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text))
+        natural = sorted(  # as file managers do it
+            folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text.lower())
+        )
         swapped = any(line in folders and line != folder for folder, line in zip(folders, lines))
         clear = len(lines) == len(folders) and natural == folders and not swapped
         require(
@@ -505,7 +540,7 @@ def check_names(found: Found, names: dict) -> None:
     twins = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
     same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
     if len(names) < 2:
-        found.faults.append(f"there is one class, {[*names.values()]}: two are needed")
+        found.faults.append(f"the classes are {[*names.values()]}: two are needed")
     if found.name.startswith("imagenet"):  # whose own list has such pairs
         found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
     else:
@@ -513,22 +548,23 @@ def check_names(found: Found, names: dict) -> None:
 
 
 def split_rest(found: Found) -> None:
-    """Parts that nothing on disk gives are ours: the same for every seed, so that all seeds share a
-    test set. Every part has its share of each class, rounded (CoOp's rule).
+    """A val without a test is the test part. A missing test part is ours, and so is a missing val
+    where there are further test sets: the same for every seed, so that all seeds share a test set.
+    Every part has its share of each class, rounded (CoOp's rule).
 
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
     """
     sets = found.sets
     ood = any(domain for _, domain in sets)
-    if sets["val", ""] and not (sets["test", ""] or found.source.lists):  # PACS has train, val
+    if sets["val", ""] and not (sets["test", ""] or found.source.lists):  # PACS's lists: val stays
         sets["test", ""], sets["val", ""] = sets["val", ""], []
         found.notes.append("its val is the test part")
     train = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if not sets[part, ""] and train]
     if "test" in missing or (missing and ood):
         plain = {"train": 0.5, "val": 0.2, "test": 1}  # the last part takes the rest
-        shares = dict.fromkeys(missing, 0.1) | {"train": 1} if ood else plain
+        shares = {**dict.fromkeys(missing, 0.1), "train": 1} if ood else plain
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
@@ -540,16 +576,17 @@ def split_rest(found: Found) -> None:
                     "4 are needed"
                 )
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
-            stops = itertools.accumulate((round(share * n) for share in shares.values()), initial=0)
-            for part, (start, stop) in zip(shares, itertools.pairwise(stops)):
-                sets[part, ""] += images[start:stop]
+            for part, share in shares.items():
+                k = round(share * n)
+                sets[part, ""] += images[:k]
+                images = images[k:]
         if ood and not sets["test", ""]:
             found.faults.append("too few images to split: 6 a class are needed")
-    untrained = [cls for i, cls in enumerate(found.classnames) if train and i not in train]
     told = found.notes if has_domains(found) else found.faults
     told += [
         f"class {cls!r} has no training image: add one, or remove its other images"
-        for cls in untrained
+        for label, cls in enumerate(found.classnames)
+        if train and label not in train
     ]
 
 
@@ -559,7 +596,7 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     items = list(itertools.chain(*found.sets.values()))
     if len({identity[address] for address, _ in items}) == len(items):
         return
-    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
+    uses = [(*item, part) for (part, _), those in found.sets.items() for item in those]
     same = group(uses, lambda use: identity[use[0]]).values()
     twice = [list(zip(*copies)) for copies in same if len(copies) > 1]  # addresses, labels, parts
     classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
@@ -571,10 +608,8 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     for addresses, _, parts in twice:
         path = dict(zip(parts, addresses))
         if {"train", "test"} <= path.keys():
-            found.faults.append(
-                f"{path['train']}, trained on, and {path['test']}, tested on, are one image: "
-                "remove one"
-            )
+            fault = f"{path['train']}, trained on, and {path['test']}, tested on, are one image"
+            found.faults += {f"{fault}: remove one"} - {*found.faults}  # a link is a copy, too
 
 
 def below(address: str, root: str) -> str:
@@ -614,8 +649,8 @@ def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[
     rng = random.Random(seed)
 
     def draw(items: list[Item], k: int) -> list[Item]:
-        groups = group(items, lambda item: item[1]).values()
-        drawn = [rng.sample(group, k) if len(group) >= k else group for group in groups]
+        classes = group(items, lambda item: item[1]).values()
+        drawn = [rng.sample(own, k) if len(own) >= k else own for own in classes]
         return list(itertools.chain(*drawn))
 
     return (train, val) if shots == "all" else (draw(train, shots), draw(val, min(shots, 4)))
@@ -666,11 +701,14 @@ class Task:
 
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for."""
-    name, own = args.dataset, args.template
-    braces = re.fullmatch(r"[^{}]*\{\}[^{}]*", own or "{}")
-    require(braces, f"--template {own!r} needs one {{}}, where the class name goes")
+    name = args.dataset
+    require(
+        re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"),
+        f"--template {args.template!r} needs one {{}}, where the class name goes",
+    )
     found = read(name, args)
-    sets, n = found.sets, len(found.classnames)
+    sets = found.sets
+    n = len(found.classnames)
     require(
         sets["train", ""], f"{name} is for testing only: train on another, with --test-on {name}"
     )
@@ -681,14 +719,19 @@ def load_task(args: argparse.Namespace) -> Task:
     least = min(collections.Counter(label for _, label in train).values(), default=0)
     if args.shots != "all" and least < args.shots:
         found.notes.append(f"a class has {least} training images, no more")
-    template = own or found.source.template
+    template = args.template or found.source.template
     tests = make_tests(found, args.classes, args.test_part, template)
     for other in args.test_on:
         target = read(other, args)
-        tests += make_tests(target, "all", args.test_part, target.source.template)
-        found.notes += target.notes
+        added = make_tests(target, "all", args.test_part, target.source.template)
+        tested = {target.real.get(address) for test in added for address, _ in test.items}
+        trained = {found.real.get(address, "toy") for address, _ in train}
+        text = f"{other}: {len(tested & trained)} of its test images are trained on: remove them"
+        require(not tested & trained, text)
+        tests += added
+        found.notes += [f"{other}: {note}" for note in target.notes]
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
-    teacher = own or found.source.teacher or template
+    teacher = args.template or found.source.teacher or template
     return Task(
         name, classnames, template, teacher, train, val, tests, found.notes, lines, found.root
     )
@@ -715,7 +758,7 @@ def make_tests(found: Found, classes: str, part: str, template: str) -> list[Tes
     return tests
 
 
-def count_or_all(text: str) -> int | str:
+def number_or_all(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
@@ -723,7 +766,7 @@ def count_or_all(text: str) -> int | str:
 FLAGS = {
     "--dataset": {"metavar": "NAME", "help": "what data.py lists, folder:PATH or domains:PATH"},
     "--data-root": {"metavar": "DIR", "help": "folder of the datasets"},
-    "--shots": {"type": count_or_all, "metavar": "K",
+    "--shots": {"type": number_or_all, "metavar": "K",
                 "help": "training images a class, or all"},
     "--seed": {"type": int, "metavar": "S", "help": "of every random draw"},
     "--classes": {"choices": ["all", "base"], "help": "base: train on half, test on base and new"},
@@ -752,6 +795,7 @@ def read_image(address: str) -> Image.Image:
             fits = short * long <= Image.MAX_IMAGE_PIXELS and long <= 200 * short
             limits = f"{Image.MAX_IMAGE_PIXELS:,}, and 200 times as long as wide"
             require(fits, f"{short} x {long} pixels; the limits are {limits}: shrink it")
+            image.load()  # here: Pillow reports damaged pixels once, and then shows what it has
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "FI":  # I;16, too. Pillow would clip all above 255 to white
@@ -768,7 +812,8 @@ def read_image(address: str) -> Image.Image:
 
 
 def check_images(found: Found) -> None:
-    """A fault for every image that cannot be read, and for copies where they must not be."""
+    """A fault for every image that cannot be read, and for copies that are trained and tested on; a
+    note on other copies."""
     items = list(itertools.chain(*found.sets.values()))
     content = {file: file for file, _ in items}
     for file in content:
@@ -777,7 +822,8 @@ def check_images(found: Found) -> None:
     check_overlaps(found, content, "as copies")
     bad = bad_images(items)
     found.faults += bad
-    found.notes += [] if bad else ["all images can be read"]
+    if not bad:
+        found.notes.append("all images can be read")
 
 
 def bad_images(items: list[Item]) -> list[str]:
@@ -832,28 +878,27 @@ def image_loader(images: ImageSet, lists: list[list[int]], args) -> DataLoader:
 
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
-    n, pin = min(args.workers, len(images) // 64), args.device != "cpu"
+    n = min(args.workers, len(images) // 64)
     return DataLoader(
-        images, batch_sampler=lists, num_workers=n, persistent_workers=n > 0, pin_memory=pin
+        images,
+        batch_sampler=lists,
+        num_workers=n,
+        persistent_workers=n > 0,
+        pin_memory=args.device != "cpu",
     )
 
 
 # 7. THE COMMAND: what is there --------------------------------------------------------------------
-LIKE = dict.fromkeys(world.TASKS, "like the 11 datasets of ProGrad and VPT") | {
-    "toy_shapes_biased": "like BAR and NICO, a shortcut in training",
-    "toy_shapes_unbiased": "its control, without the shortcut",
-}
-
-
 def describe(found: Found, whole: bool) -> None:
     """A line about a dataset; then its notes, and the images of each class and part."""
     sets = {f"ood {domain}" if domain else p: items for (p, domain), items in found.sets.items()}
     sizes = ", ".join(f"{len(items)} {part}" for part, items in sets.items() if items)
-    where = LIKE.get(found.name, f"in {found.root}")
-    print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; {where}")
-    print("".join(f"note: {note}\n" for note in found.notes if whole), end="")
+    print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; in {found.root or 'toyclip'}")
+    if not whole:
+        return
+    print("".join(f"note: {note}\n" for note in found.notes), end="")
     counts = {part: collections.Counter(y for _, y in items) for part, items in sets.items()}
-    for label, cls in enumerate(found.classnames if whole else ()):
+    for label, cls in enumerate(found.classnames):
         shown = [f"{count[label]} {part}" for part, count in counts.items() if count[label]]
         print(f"{label:5}  {cls:30}", *shown)
 
