@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from toyclip import world
 
 Item = tuple[str, int]  # (address, label); an address is a path or toy:TASK/PART/INDEX
-Row = tuple[str, str | int, str, str]  # address, class folder, part, domain
+Row = tuple[str, str | int, str, str]  # address, class (folder, or label), part, domain
 ENDINGS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
 
 
@@ -726,8 +726,10 @@ def load_task(args: argparse.Namespace) -> Task:
         added = make_tests(target, "all", args.test_part, target.source.template)
         tested = {target.real.get(address) for test in added for address, _ in test.items}
         trained = {found.real.get(address, "toy") for address, _ in train}
-        text = f"{other}: {len(tested & trained)} of its test images are trained on: remove them"
-        require(not tested & trained, text)
+        require(
+            not tested & trained,
+            f"{other}: {len(tested & trained)} of its test images are trained on: remove them",
+        )
         tests += added
         found.notes += [f"{other}: {note}" for note in target.notes]
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
@@ -792,9 +794,11 @@ def read_image(address: str) -> Image.Image:
     try:
         with Image.open(address) as image:
             short, long = sorted(image.size)
-            fits = short * long <= Image.MAX_IMAGE_PIXELS and long <= 200 * short
-            limits = f"{Image.MAX_IMAGE_PIXELS:,}, and 200 times as long as wide"
-            require(fits, f"{short} x {long} pixels; the limits are {limits}: shrink it")
+            require(
+                short * long <= Image.MAX_IMAGE_PIXELS and long <= 200 * short,
+                f"{short} x {long} pixels; the limits are {Image.MAX_IMAGE_PIXELS:,}, "
+                "and 200 times as long as wide: shrink it",
+            )
             image.load()  # here: Pillow reports damaged pixels once, and then shows what it has
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
@@ -802,8 +806,11 @@ def read_image(address: str) -> Image.Image:
                 values = image.convert(image.mode[0])
                 low, high = values.getextrema()
                 fits = {"F": high <= 1, "I": 255 < high < 65536}.get(image.mode, True)
-                wanted = "floats to [0, 1], whole numbers to 8 or 16 bit"
-                require(low >= 0 and fits, f"values {low:g} to {high:g}: scale {wanted}")
+                require(
+                    low >= 0 and fits,
+                    f"values {low:g} to {high:g}: scale floats to [0, 1], whole numbers to 8 or "
+                    "16 bit",
+                )
                 scale, offset = (255, 0.5) if image.mode == "F" else (1 / 256, 0)
                 image = values.point(lambda value: value * scale + offset).convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
