@@ -411,6 +411,14 @@ def check_parts(found: Found, rows: list[Row]) -> None:
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
         "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
     )
+    inner = [
+        path for path in paths if not special(path) and PARTS.keys() & {*path.lower().split("/")}
+    ]
+    require(
+        not (inner and ":" in found.name),
+        f"{found.root}: images lie in {sorted(inner)[:1]}: a part stands above its classes, as "
+        "train/CLASS/*",
+    )
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     require(
         kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"]),

@@ -389,6 +389,13 @@ def test_class_that_is_called_as_a_part(tmp_path):
         read(f"folder:{tmp_path}")
 
 
+def test_parts_below_classes(tmp_path):
+    photos(tmp_path / "cat", ["train", "Test"])
+    photos(tmp_path, ["dog"])
+    with pytest.raises(UserError, match="lie in .'cat/Test/'.: a part stands above its classes"):
+        read(f"folder:{tmp_path}")
+
+
 def test_part_in_other_letters(tmp_path):
     """TRAİN, by a Turkish keyboard, is no part and no traceback."""
     photos(tmp_path, parts=("TRAİN", "test"))
