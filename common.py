@@ -53,7 +53,7 @@ class Clip:
     precision: str = "fp32"
     memory_gb: float = 4.0  # bound on what the text encoder keeps alive
     scale: float = 100.0  # s = exp(logit_scale)
-    weights: str = ""  # hash of all tensors: which CLIP a run belongs to, wherever its file lies
+    weights: str = ""  # hash of tensors and activation: which CLIP it is, wherever its file lies
 
     @property
     def width(self) -> int:
@@ -80,7 +80,8 @@ def load_clip(
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds
-        raise UserError(f"cannot load {model}: {str(error)[:600] or repr(error)}") from error
+        what = " ".join(filter(None, [model, pretrained]))
+        raise UserError(f"cannot load {what}: {str(error)[:1000] or repr(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
@@ -128,8 +129,12 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
     require(tag, f"--pretrained {pretrained!r} is no file and no tag of {name}: {tags}")
-    quick = bool(tag.get("quick_gelu"))
-    return open_clip.create_model(name, pretrained, force_quick_gelu=quick, require_pretrained=True)
+    return open_clip.create_model(
+        name,
+        pretrained,
+        force_quick_gelu=bool(tag.get("quick_gelu")),
+        require_pretrained=True,
+    )
 
 
 def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
@@ -243,11 +248,15 @@ def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
     rows = side_by_side(x.detach(), row[whose], 0)  # [R, S, W]
     whose = side_by_side(whose, row[whose], -1)  # [R, S]
     at = (whose >= 0).flatten().nonzero()[:, 0]  # of every token: which of the R · S it is now
-    column = at[size.cumsum(0) - 1] % whose.shape[1]  # [C] where in its row a text ends
-    eot = side_by_side(before + column, row, -1)  # [R, K]
-    slot = (eot >= 0).flatten().nonzero()[:, 0]
-    places = (each.to(table.device) for each in (eot.clamp(min=0), slot, at[token < 0]))
-    return Names(rows, attention_mask(whose, before).to(table), *places)
+    end = at[start + size - 1] % whose.shape[1]  # [C] where in its row a text ends
+    eot = side_by_side(before + end, row, -1)  # [R, K], -1 where a row has fewer texts
+    return Names(
+        rows=rows,
+        mask=attention_mask(whose, before).to(table),
+        eot=eot.clamp(min=0).to(table.device),
+        slot=(eot >= 0).flatten().nonzero()[:, 0].to(table.device),
+        free=at[token < 0].to(table.device),
+    )
 
 
 def side_by_side(values: Tensor, row: Tensor, padding: int) -> Tensor:
@@ -384,7 +393,7 @@ def feature_key(clip: Clip, items: list, transform: Callable, seed: int, view: i
     transform, draw, and of each file what an exchanged one cannot keep: inode, time of change)."""
     draw = [seed, view] if transform is not clip.preprocess else []  # the test transform draws none
     code = [Path(module.__file__).read_text(encoding="utf-8") for module in (data, data.world)]
-    files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are none
+    files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are no files
     states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
     parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, draw,
              repr(transform), code, [path for path, _ in items], states]  # fmt: skip
@@ -560,17 +569,16 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     typed = vars(parser.parse_args(argv))
     twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
     require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
-    first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | inherited(typed, method) | typed
+    stored = inherited(typed, method)
+    first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     if args.model == "toyclip" or ":" in args.model:  # the default weights are another model's
         args.pretrained = first.get("pretrained")
     fits = ":" not in args.model or args.pretrained is None
     require(fits, f"{args.model} has weights of its own: no --pretrained")
     for key in ("data_root", "cache_dir", "out_dir", "resume"):
-        folder = vars(args)[key] or ""
-        require(not os.path.isfile(folder), f"{flag(key)} {folder} is a file: name a folder")
-    taken = args.out_dir and Path(args.out_dir, "config.json").exists()
-    require(not taken, f"{args.out_dir} holds a run: name another --out-dir, or --resume it")
+        is_file = os.path.isfile(vars(args)[key] or "")
+        require(not is_file, f"{flag(key)} {vars(args)[key]} is a file: name a folder")
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, 1e18))
         for number in value if isinstance(value, list) else [value]:
@@ -581,14 +589,15 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
 
 
 def inherited(typed: dict, method: str) -> dict:
-    """The settings of the run that --resume goes on with or --eval evaluates; {} without one."""
-    folder = typed.get("resume") or typed.get("eval")
+    """The settings of the run that --resume goes on with or --eval evaluates; {} without one.
+    UserError for a typed value that differs from what was trained."""
+    folder = typed.get("resume", typed.get("eval"))
     begins = "resume" in typed and not Path(folder, "config.json").exists()
     require(
         not begins or typed.keys() - EARLIER["anew"],
         f"there is no run {folder}; to begin it say on which --dataset",
     )
-    if begins or not folder:
+    if begins or folder is None:
         return {}
     config = read_run(folder)
     stored = config["settings"]
@@ -598,7 +607,7 @@ def inherited(typed: dict, method: str) -> dict:
     if typed.get("dataset", stored["dataset"]) != stored["dataset"]:
         unread |= {"train_domain", "test_domain"}
     free = unread | EARLIER["moved"] | (EARLIER["tested"] if "eval" in typed else set())
-    for key in typed.keys() & stored.keys() - free:
+    for key in (typed.keys() & stored.keys()) - free:
         same = typed[key] == stored[key] or not begun(folder)
         require(same, f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out")
     return {key: value for key, value in stored.items() if key not in unread}
@@ -644,7 +653,7 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
         compare_runs(read_run(earlier), config, task, earlier)
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
-    trained = f"{len(task.train)} training images ({args.shots} shots, seed {args.seed})"
+    trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
     tested = f"{sum(len(test.items) for test in task.tests)} images (sets: {len(task.tests)})"
     words = [clip.name, Path(clip.pretrained).name, activation(clip.model), clip.precision]
     notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes in result.json"]
@@ -672,13 +681,15 @@ def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
         task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
         return
     was, now = (config["classnames"] + config["train"] for config in (old, new))
-    changed = [*sorted(set(was) ^ set(now)), "their order"][0]
-    text = f"{folder} was begun with other classes or training images (see {changed!r})"
+    changed = [*map(repr, sorted(set(was) ^ set(now))), "their order"][0]
+    text = f"{folder} was begun with other classes or training images (see {changed})"
     require(was == now, f"{text}: restore them, or train in another folder")
 
 
 def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
     """The run's folder. Runs that start at the same moment get different ones: mkdir decides."""
+    taken = args.out_dir and Path(args.out_dir, "config.json").exists()
+    require(not taken, f"{args.out_dir} holds a run: name another --out-dir, or --resume it")
     if args.resume or args.out_dir:
         return Path(args.resume or args.out_dir)
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
@@ -739,7 +750,7 @@ def end_epoch(
     line = {name: float(value) for name, value in line.items()}
     bad = [
         name
-        for name, value in (line | module.state_dict()).items()
+        for name, value in [*line.items(), *module.state_dict().items()]
         if not torch.as_tensor(value).isfinite().all()
     ]
     if bad:
@@ -797,7 +808,8 @@ def harmonic_means(tests: list[dict]) -> dict[str, float]:
     """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
     {} if there is neither. Other datasets (--test-on) do not count."""
     own = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
-    others = [test for test in own if test["classes"] == "new" and not test["domain"]] or own
+    new = [test for test in own if test["classes"] == "new" and not test["domain"]]
+    others = new or [test for test in own if test["domain"]]
     means = {}
     for column, first in measures(tests[0]).items() if others else ():
         rest = [measures(test)[column]["accuracy"] for test in others]
@@ -836,7 +848,9 @@ def report(result: dict, out: Path, baseline: str, method: str) -> None:
     for label, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
-    hint = (
-        f"another --seed, or python tools/use.py predict {result['settings']['eval'] or out} IMAGE"
+    folder = result["settings"]["eval"] or out
+    print(
+        f"written to {out}",
+        f"try next: another --seed, or python tools/use.py predict {folder} IMAGE",
+        sep="\n",
     )
-    print(f"written to {out}", f"try next: {hint}", sep="\n")

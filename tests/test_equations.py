@@ -191,4 +191,7 @@ def test_harmonic_mean_looks_at_the_own_dataset():
     domains = [test("a", "", "all", 80.0), test("a", "x", "all", 50.0), test("a", "y", "all", 70.0)]
     assert common.harmonic_means(domains + others)["tuned"] == 2 * 80 * 60 / 140
     assert common.harmonic_means([mine[0], *others]) == {}
+    again = [test("a", "", "all", 99.0)]  # --test-on the same dataset
+    assert common.harmonic_means(domains + again) == common.harmonic_means(domains)
+    assert common.harmonic_means(domains[:1] + again) == {}
     assert common.harmonic_mean(0.0, 0.0) == 0.0

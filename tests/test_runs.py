@@ -267,6 +267,8 @@ def test_eval_inherits_what_was_learned_and_not_how():
     assert len(on["tests"]) == 5 and on["harmonic_mean"] == result["harmonic_mean"]
     with pytest.raises(UserError, match="here has --n-ctx 16: leave --n-ctx out"):
         prograd.main(["--eval", "here", "--n-ctx", "4"])
+    with pytest.raises(UserError, match="is no run folder"):  # --eval "$NOT_SET"
+        prograd.main(["--eval", ""])
     with pytest.raises(UserError, match="nothing is no run folder"):
         prograd.main(["--eval", "nothing"])
 
