@@ -202,8 +202,11 @@ SOURCES = {
 }
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "val", "valid": "val", "validation": "val"}
-OWN = rf"((?i:ood)/(?P<domain>[^/]+)/|(?P<part>(?ai:{'|'.join(PARTS)}))/)?{CLASS}"
-OWN_DOMAINS = f"(?P<domain>[^/]+)/{CLASS}"
+OWN = {  # folder:PATH and domains:PATH
+    "folder": Source("", "CLASS/NAME.jpg", paths="((?i:ood)/(?P<domain>[^/]+)/"
+                     f"|(?P<part>(?ai:{'|'.join(PARTS)}))/)?{CLASS}"),
+    "domains": Source("", "DOMAIN/CLASS/NAME.jpg", paths=f"(?P<domain>[^/]+)/{CLASS}"),
+}
 # fmt: on
 
 
@@ -261,7 +264,7 @@ def find(name: str, args: argparse.Namespace) -> Found:
 
 
 def has_domains(found: Found) -> bool:
-    return "?P<domain>" in found.source.paths and found.source.paths != OWN
+    return "?P<domain>" in found.source.paths and found.source is not OWN["folder"]
 
 
 def locate(name: str, args: argparse.Namespace) -> Found:
@@ -271,10 +274,10 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         source = Source("", template=world.TASKS[name].template)
         return Found(name, source, "", *world.task_items(name))
     kind, _, path = name.partition(":")
-    if kind in ("folder", "domains") and path:
+    if kind in OWN and path:
         root = os.path.expanduser(path)
         require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
-        return Found(name, Source(path, paths=OWN if kind == "folder" else OWN_DOMAINS), root)
+        return Found(name, OWN[kind], root)
     known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
     require(name in SOURCES, f"no dataset is called {name!r}: use {', '.join(known)}")
     source = SOURCES[name]
@@ -300,7 +303,11 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
     near += [above / "imagenet", above.parent / "imagenet"]  # of its variants
     path = next((p / file for p in near if (p / file).is_file()), above / file)
     if url and not path.is_file():
-        write(path, urllib.request.urlopen(url).read())
+        try:
+            content = urllib.request.urlopen(url).read()
+        except Exception as error:  # no network, or half a file
+            raise UserError(f"{url} could not be fetched: {error}") from error
+        write(path, content)
     if not path.is_file():
         raise Missing(f"{path} is missing: try --download, or see CoOp's DATASETS.md")
     return path
@@ -321,8 +328,7 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
     rows, names = [], {}
     for part in ("train", "val", "test"):
         require(
-            isinstance(split.get(part), list),
-            f'{file} has no list "{part}" of [path, label, class name]',
+            isinstance(split.get(part), list), f'{file} has no list "{part}" of [path, label, name]'
         )
         for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
@@ -392,53 +398,51 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     if left and ":" in found.name:
         text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()))
         found.notes.append(f"left out: {text}")
-    wanted = {OWN: "CLASS/NAME.jpg", OWN_DOMAINS: "DOMAIN/CLASS/NAME.jpg"}
-    get = wanted.get(found.source.paths, found.source.get)
-    require(rows, f"{found.name}: no images in {found.root}: needed is {get}")
+    require(rows, f"{found.name}: no images in {found.root}: needed is {found.source.get}")
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def check_parts(found: Found, rows: list[Row]) -> None:
     """UserError for folders of parts beside folders of classes, for too many or too few parts. A
     note says which of your own folders are read as parts."""
-    folders = {address.rpartition(os.sep)[0] for address, _, _, domain in rows if not domain}
-    paths = [f"{below(folder, found.root)}/" for folder in folders]
-    special = re.compile(rf"(?ai:{'|'.join(PARTS)})/|(?i:ood)/[^/]+/").match
-    parts = sorted({path.split("/")[0] for path in paths if special(path)})
+    folders = {address.rpartition(os.sep)[0]: (cls, domain) for address, cls, _, domain in rows}
+    paths = {below(folder, found.root): of for folder, of in folders.items()}
+    special = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
+    parts = sorted({path.split("/")[0] for path in paths if special(path) and not paths[path][1]})
     classes = sorted({cls for _, cls, part, domain in rows if not (part or domain)})
     require(
         not (parts and classes),
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
         "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
     )
-    inner = [
-        path for path in paths if not special(path) and PARTS.keys() & {*path.lower().split("/")}
-    ]
+    deep = sorted(path for path, (cls, _) in paths.items() if path.split("/")[-1] != cls)
+    inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
+    own = ":" in found.name
     require(
-        not (inner and ":" in found.name),
-        f"{found.root}: images lie in {sorted(inner)[:1]}: a part stands above its classes, as "
-        "train/CLASS/*",
+        not (own and inner),
+        f"{found.root}: images lie in {inner[:1]}: a part stands above its classes: train/CLASS/*",
     )
+    if own and deep:
+        found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     require(
         kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"]),
         f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
     )
-    if parts and ":" in found.name:
+    if own and parts:
         found.notes.append(f"the folders {', '.join(parts)} are read as parts")
 
 
 def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     """What the paths say, or published lists. Where there are domains: the rows of those to train
     on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
-    name = found.name
     lists = found.source.lists
     check_parts(found, rows)
     if not has_domains(found):
         files = [(lists[part], part, "") for part in lists]
         return read_lists(found, rows, files) if files else rows
     train, test = flags if any(flags) else found.source.domains
-    if name.startswith("nico") and not any(flags):
+    if found.name.startswith("nico") and not any(flags):
         found.notes.append("the last 30 % of every class's contexts, by name, are held out")
         rows = hold_out_contexts(rows)
     known = sorted({domain for *_, domain in rows})
@@ -447,7 +451,7 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     good = train and test and {*train, *test} <= {*known} and not {*train} & {*test}
     require(
         good,
-        f"{name}: trains on {train}, tests on {test}: "
+        f"{found.name}: trains on {train}, tests on {test}: "
         f"name --train-domain or --test-domain, of {', '.join(known)}",
     )
     other = dict.fromkeys(train, "") | {domain: domain for domain in test}
@@ -501,17 +505,14 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
     with contextlib.suppress(Missing):
         if found.name in SOURCES:  # beside your own folders such a file belongs to others
             file = find_file(found, "classnames.txt")
-            names = dict(re.findall(r"^(\S+)\s+(.+)$", read_text(file), re.MULTILINE))
+            names = dict(re.findall(r"^(\S+)[ \t]+(.+)$", read_text(file), re.MULTILINE))
     if found.name == "imagenetv2":
-        names = {str(i): text for i, text in enumerate(names.values())}
+        names = {str(i): names[wnid] for i, wnid in enumerate(sorted(names))}
     unknown = [cls for cls in classes if cls not in names]
-    require(
-        not unknown or ":" in found.name,
-        f"{found.root}: the folder {unknown[:1]} has no name in {file}",
-    )
+    require(not unknown or ":" in found.name, f"{found.root}: {file} has no name for {unknown[:1]}")
     rest = f", but for {len(unknown)} folders that it lacks" if unknown else ""
     found.notes.append(f"class names are from {file}{rest}")
-    return {cls: names.get(cls, cls) for cls in [*names, *unknown] if cls in classes}
+    return {cls: names[cls] for cls in names if cls in classes} | {cls: cls for cls in unknown}
 
 
 def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
@@ -524,9 +525,8 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
             folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text.lower())
         )
         swapped = any(line in folders and line != folder for folder, line in zip(folders, lines))
-        clear = len(lines) == len(folders) and natural == folders and not swapped
         require(
-            clear,
+            len(lines) == len(folders) and natural == folders and not swapped,
             f"{file}: {len(lines)} names alone for {len(folders)} folders, in the order "
             f"{natural[:3]} .. or {folders[:3]} ..? Write FOLDER<tab>NAME",
         )
@@ -596,6 +596,10 @@ def split_rest(found: Found) -> None:
         for label, cls in enumerate(found.classnames)
         if train and label not in train
     ]
+    tested = {label for _, label in sets["test", ""]}
+    untested = [cls for label, cls in enumerate(found.classnames) if label not in tested]
+    if tested and untested:
+        found.notes.append(f"{len(untested)} classes have no test image, as {untested[0]!r}")
 
 
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
@@ -715,14 +719,11 @@ def load_task(args: argparse.Namespace) -> Task:
         f"--template {args.template!r} needs one {{}}, where the class name goes",
     )
     found = read(name, args)
-    sets = found.sets
     n = len(found.classnames)
-    require(
-        sets["train", ""], f"{name} is for testing only: train on another, with --test-on {name}"
-    )
+    require(found.sets["train", ""], f"{name} is for testing only: train with --test-on {name}")
     require(args.classes == "all" or n > 3, f"{name}: {n} classes have no base and new half")
     classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
-    drawn = fewshot(sets["train", ""], sets["val", ""], args.shots, args.seed)
+    drawn = fewshot(found.sets["train", ""], found.sets["val", ""], args.shots, args.seed)
     train, val = (keep_labels(items, range(len(classnames))) for items in drawn)
     least = min(collections.Counter(label for _, label in train).values(), default=0)
     if args.shots != "all" and least < args.shots:
@@ -733,11 +734,9 @@ def load_task(args: argparse.Namespace) -> Task:
         target = read(other, args)
         added = make_tests(target, "all", args.test_part, target.source.template)
         tested = {target.real.get(address) for test in added for address, _ in test.items}
-        trained = {found.real.get(address, "toy") for address, _ in train}
-        require(
-            not tested & trained,
-            f"{other}: {len(tested & trained)} of its test images are trained on: remove them",
-        )
+        both = tested & {found.real.get(address, "toy") for address, _ in train}
+        told = f"{other}: {len(both)} of its test images are trained on: remove them"
+        require(not both or vars(args).get("eval"), told)  # with --eval nothing is trained on here
         tests += added
         found.notes += [f"{other}: {note}" for note in target.notes]
     lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
@@ -813,7 +812,7 @@ def read_image(address: str) -> Image.Image:
             if image.mode[0] in "FI":  # I;16, too. Pillow would clip all above 255 to white
                 values = image.convert(image.mode[0])
                 low, high = values.getextrema()
-                fits = {"F": high <= 1, "I": 255 < high < 65536}.get(image.mode, True)
+                fits = high <= 1 if image.mode == "F" else 255 < high < 65536 or high == 0
                 require(
                     low >= 0 and fits,
                     f"values {low:g} to {high:g}: scale floats to [0, 1], whole numbers to 8 or "
@@ -831,9 +830,8 @@ def check_images(found: Found) -> None:
     note on other copies."""
     items = list(itertools.chain(*found.sets.values()))
     content = {file: file for file, _ in items}
-    for file in content:
-        if os.access(file, os.R_OK):  # no link to nothing, no toy
-            content[file] = hashlib.sha1(Path(file).read_bytes()).digest()
+    readable = [file for file in content if os.access(file, os.R_OK)]  # no link to nothing, no toy
+    content |= {file: hashlib.sha1(Path(file).read_bytes()).digest() for file in readable}
     check_overlaps(found, content, "as copies")
     bad = bad_images(items)
     found.faults += bad
@@ -924,8 +922,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
     args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
-    alone = not (args.download or args.check_images)
-    require(args.dataset or alone, "name one --dataset for this")
+    require(args.dataset or not (args.download or args.check_images), "name one --dataset for this")
     if args.dataset:
         found = find(args.dataset, args)
         if args.check_images:

@@ -392,8 +392,18 @@ def test_class_that_is_called_as_a_part(tmp_path):
 def test_parts_below_classes(tmp_path):
     photos(tmp_path / "cat", ["train", "Test"])
     photos(tmp_path, ["dog"])
-    with pytest.raises(UserError, match="lie in .'cat/Test/'.: a part stands above its classes"):
+    with pytest.raises(UserError, match="lie in .'cat/Test'.: a part stands above its classes"):
         read(f"folder:{tmp_path}")
+    photos(tmp_path / "own/training_set", ["cat", "dog"])  # no part's usual name: said in a note
+    photos(tmp_path / "own/test_set", ["cat", "dog"])
+    notes = read(f"folder:{tmp_path}/own").notes
+    assert "images below class folders are of the class above, as in test_set/cat" in notes
+
+
+def test_class_without_a_test_image(tmp_path):
+    photos(tmp_path, parts=("train", "test"))
+    photos(tmp_path, ["owl"], parts=("train",))
+    assert "1 classes have no test image, as 'owl'" in read(f"folder:{tmp_path}").notes
 
 
 def test_part_in_other_letters(tmp_path):
@@ -580,13 +590,19 @@ def test_damaged_exif_does_not_cost_the_photo(tmp_path):
 def test_images_that_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 7, np.float32)).save(tmp_path / "range.tif")
     Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "dark.tif")
+    Image.fromarray(np.full((4, 4), 200, np.uint16)).save(tmp_path / "12bit.png")
     Image.new("1", (30000, 1)).save(tmp_path / "thin.png")
     (tmp_path / "empty.jpg").write_bytes(b"")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "half.png")
     whole = (tmp_path / "half.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[:5000] + b"\xff" * 200 + whole[5200:])
-    faults = {"range.tif": "scale floats", "dark.tif": "scale floats", "thin.png": "200 times"}
+    faults = {
+        "range.tif": "scale floats",
+        "dark.tif": "scale floats",
+        "12bit.png": "scale",
+        "thin.png": "200 times",
+    }
     for name, text in (faults | {"empty.jpg": "", "half.png": ""}).items():
         with pytest.raises(UserError, match=f"{tmp_path}/{name}: .*{text}"):
             data.read_image(str(tmp_path / name))
