@@ -1,7 +1,7 @@
 """Tables and plots from run folders: mean ± standard deviation over seeds, and paired differences.
 
     python benchmark/table.py runs/prograd-dtd-* runs/vpt-dtd-*
-    python benchmark/table.py runs/prograd-*-16shot-* --plot accuracy.svg
+    python benchmark/table.py runs/few-shot/prograd-dtd-* --plot accuracy.svg
 
 Runs that differ in more than their seed are not averaged: they get rows of their own, and if two of
 a row share a seed, that is an error. A row's "tuned − baseline" is paired: of the same runs.
@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds data.py
@@ -20,7 +20,7 @@ from data import require
 
 # What may differ between the runs of a row.
 FREE = {"seed", "out_dir", "resume", "eval", "workers", "cache_dir", "data_root", "download"}
-FREE |= {"device", "compare", "memory_gb"}
+FREE |= {"device", "memory_gb"}
 KIND = ("method", "dataset", "shots")  # a row's name; what else differs among such rows follows
 
 
@@ -32,17 +32,17 @@ def read_results(folders: list[str]) -> dict[str, list[dict]]:
         require(path.exists(), f"{folder} is not finished: there is no {path}")
         result = data.read_json(path)
         kept = {k: v for k, v in result["settings"].items() if k not in FREE}
+        if trained := result["settings"].get("eval"):  # its settings say what it is tested on
+            kept["trained on"] = data.read_json(Path(trained, "config.json"))["settings"]["dataset"]
         rows[json.dumps(kept, sort_keys=True)].append(result)
     named = {}
     for key, results in rows.items():
         settings = json.loads(key)
-        seeds = [result["settings"]["seed"] for result in results]
-        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        ((seed, times),) = Counter(r["settings"]["seed"] for r in results).most_common(1)
         what = [settings[k] for k in KIND]
-        require(not twice, f"seed {twice[:1]} is there twice in runs with equal settings: {what}")
+        require(times == 1, f"seed {seed} is there twice in runs with equal settings: {what}")
         alike = [o for o in map(json.loads, rows) if [o[k] for k in KIND] == what]
-        differ = [k for k in settings if any(o.get(k) != settings[k] for o in alike)]
-        more = [f"{k} {settings[k]}" for k in sorted(differ)]
+        more = [f"{k} {v}" for k, v in settings.items() if any(o.get(k) != v for o in alike)]
         named[" ".join(["{} {} {} shots".format(*what), *more])] = results
     return named
 

@@ -1,7 +1,7 @@
 """Do the papers' claims hold on the toy world? Every run, its tables, and how far a run moves.
 
     python benchmark/toy_study.py run --jobs 2     # goes on where it was; results/toy/runs.jsonl
-    python benchmark/toy_study.py tables           # results/toy/tables.md and two pictures
+    python benchmark/toy_study.py tables           # results/toy/tables.md and four pictures
     python benchmark/toy_study.py stable           # each default under 1e-6 and other kernels
     python benchmark/toy_study.py choose           # the same for three sizes of VPT's noise
 
@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmark" / "results" / "toy"
 SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
 PROMPT_TASKS = [name for name in data.world.TASKS if name not in data.world.SHORTCUT]
 SEEDS = (1, 2, 3, 4, 5)
-KERNELS = {  # what ../shared/as-another-cpu sets: other kernels, another order of rounding
+KERNELS = {  # as other processors have: another order of rounding
     "other kernels": ("avx2", "AVX2", "AVX2"),
     "older kernels": ("default", "COMPATIBLE", "SSE41"),
 }
@@ -123,7 +123,7 @@ def run_study(jobs: int) -> None:
     todo = [job for job in study() if key(job[1]) not in done]
     print(f"{len(done)} of {len(done) + len(todo)} runs are done", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with get_context("spawn").Pool(jobs) as pool:
+    with get_context("spawn").Pool(max(1, jobs)) as pool:
         for row in pool.imap_unordered(perform, todo):
             with open(RESULTS / "runs.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -35,6 +35,8 @@ def runs(tmp_path_factory) -> Path:
         "vpt": (vpt, ["--samples", "3", "--batch-size", "8"]),
         "image": (vpt, ["--posterior", "image", "--samples", "2", "--batch-size", "8"]),
         "proreg": (proreg, ["--lr", "1e-3"]),
+        "csc": (prograd, ["--csc"]),
+        "mean": (vpt, ["--posterior", "image", "--samples", "0", "--batch-size", "8"]),
     }
     with contextlib.redirect_stdout(io.StringIO()):
         for name, (script, more) in kinds.items():
@@ -70,7 +72,8 @@ def test_exported_classifier_with_plain_open_clip(runs, tmp_path, capsys):
     assert "classifier [12, 64]" in capsys.readouterr().out
     with safetensors.safe_open("classifier.safetensors", "pt") as file:
         note, W = file.metadata(), file.get_tensor("classifier")
-    net = open_clip.create_model(note["model"], note["pretrained"]).eval()
+    quick = note["activation"] == "QuickGELU"  # open_clip takes GELU for "ViT-B-16", "openai"
+    net = open_clip.create_model(note["model"], note["pretrained"], force_quick_gelu=quick).eval()
     result = json.loads((folder / "result.json").read_text())
     items = data.load_task(argparse_of(result)).tests[0].items[:20]
     clip = common.load_clip()
@@ -126,6 +129,7 @@ def test_words(runs, capsys):
         "of",
         "a",
     ]
+    use.main(["words", str(runs / "prograd"), "--top", "1000000"])  # more than there are
     with pytest.raises(UserError, match="has no context"):
         use.main(["words", str(runs / "proreg")])
 
@@ -136,6 +140,9 @@ def test_mistakes(runs, capsys):
         (["predict", str(runs / "prograd"), "x.png"], "x.png: there is no such file"),
         (["predict", str(runs / "prograd")], "predict needs images"),
         (["export", str(runs / "prograd")], "export needs a file"),
+        (["export", str(runs / "mean"), "x"], "nothing to export"),  # μ(x) is each image's own
+        (["predict", str(runs / "csc"), "x.png", "--classes", "red circle"], "their own classes"),
+        (["words", str(runs / "prograd"), "--device", "gpu"], "--device gpu: here it can be cpu"),
     ):
         with pytest.raises(SystemExit) as stopped:
             data.run(lambda flags=flags: use.main(flags))

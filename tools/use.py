@@ -5,12 +5,12 @@
     python tools/use.py export RUN --features features.npz    # what people plot of a test set
     python tools/use.py words RUN                             # each context vector's nearest tokens
 
-A run knows its class names, template and CLIP: predict, words and the first export need no dataset.
-With plain open_clip, and none of our files, an exported classifier predicts so:
+Only --features needs the dataset. With plain open_clip an exported classifier predicts so:
 
     file = safetensors.safe_open("classifier.safetensors", "pt")
     note, W = file.metadata(), file.get_tensor("classifier")
-    clip, _, preprocess = open_clip.create_model_and_transforms(note["model"], note["pretrained"])
+    clip, _, preprocess = open_clip.create_model_and_transforms(
+        note["model"], note["pretrained"], force_quick_gelu=note["activation"] == "QuickGELU")
     x = F.normalize(clip.eval().encode_image(preprocess(image)[None]), dim=-1)
     p = (float(note["scale"]) * x @ W.T).softmax(dim=-1)
 
@@ -47,7 +47,8 @@ class Run:
         config = common.read_run(folder)
         self.settings = argparse.Namespace(**config["settings"])
         self.settings.pretrained = pretrained or self.settings.pretrained
-        vars(self.settings).update(device=device, workers=0)
+        vars(self.settings).update(device=device, workers=0, precision="fp32")
+        common.settle_device(self.settings)
         self.method = SCRIPTS[config["method"]]
         self.classnames, self.template = config["classnames"], config["template"]
         self.clip = common.load_clip(self.settings.model, self.settings.pretrained, device)
@@ -92,6 +93,8 @@ def image_files(paths: list[str]) -> list[tuple[str, int]]:
 def predict(run: Run, args: argparse.Namespace) -> None:
     """Print the most probable classes of each image."""
     classnames = args.classes or run.classnames
+    own = getattr(run.settings, "csc", False) or getattr(run.settings, "head", "") == "mlp"
+    require(not (args.classes and own), "--csc and --head mlp know their own classes: no --classes")
     items = image_files(args.paths)
     zero_shot = run.zero_shot(classnames, run.features(items, tuned=False))
     both = {"zero-shot": zero_shot, "tuned": run.tuned(classnames, items)}
@@ -99,8 +102,7 @@ def predict(run: Run, args: argparse.Namespace) -> None:
         print(path)
         for name, logits in both.items():
             top = logits[i].softmax(dim=-1).topk(min(args.top, len(classnames)))
-            pairs = zip(top.indices.tolist(), top.values.tolist())
-            text = ", ".join(f"{classnames[c]} {100 * p:.1f} %" for c, p in pairs)
+            text = ", ".join(f"{classnames[c]} {100 * p:.1f} %" for p, c in zip(*top))
             print(f"  {name:9}  {text}")
 
 
@@ -113,8 +115,7 @@ def text_features(run: Run, classnames: list[str]) -> torch.Tensor:
     if run.method is proreg:
         require(learner.cls_head is None, "--head mlp has no text features: nothing to export")
         return F.normalize(learner.text_features, dim=-1)
-    own = learner.kind == "image" and run.settings.samples
-    require(not own, "the image posterior has a classifier for each image: nothing to export")
+    require(learner.kind == "global", "image: a classifier for each image: nothing to export")
     mu, logvar = learner.posterior(torch.zeros(1, run.clip.model.visual.output_dim))
     residual = vpt.sample_residual(mu, logvar, learner.eval_noise)
     residual = residual if len(residual) else mu[None]
@@ -136,14 +137,14 @@ def export(run: Run, args: argparse.Namespace) -> None:
         tensors |= {f"visual/{key}": value.contiguous() for key, value in state.items()}
     note = {"model": run.clip.name, "pretrained": run.clip.pretrained, "scale": str(scale)}
     note |= {"classnames": json.dumps(run.classnames), "template": run.template}
+    note["activation"] = common.activation(run.clip.model)  # of "openai" open_clip has the other
     data.write(Path(args.paths[0]), safetensors.torch.save(tensors, note))
     shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in tensors.items() if "/" not in k)
     print(f"written to {args.paths[0]}: {shapes}")
 
 
 def export_features(run: Run, args: argparse.Namespace) -> None:
-    """Of the run's first test set: x and x_tuned [N, D], zero_shot and tuned text features, labels,
-    classnames, predicted labels of both."""
+    """Of the run's first test set: features, labels, text features, predicted labels of both."""
     test = data.load_task(run.settings).tests[0]
     x = run.features(test.items, tuned=False)
     arrays = {
@@ -171,7 +172,7 @@ def words(run: Run, args: argparse.Namespace) -> None:
     seen = table.any(dim=1).nonzero()[:, 0]  # toyclip knows few words
     for i, vector in enumerate(run.learner.context.flatten(0, -2)):
         distance = (table[seen] - vector).norm(dim=-1)
-        near = distance.topk(args.top, largest=False)
+        near = distance.topk(min(args.top, len(seen)), largest=False)
         texts = [run.clip.tokenizer.decode([i]).strip() for i in seen[near.indices].tolist()]
         pairs = [f"{text} {d:.2f}" for text, d in zip(texts, near.values.tolist())]
         print(f"{i:3}  length {vector.norm():.2f}  nearest: {', '.join(pairs)}")
@@ -189,8 +190,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="[cpu]")
     args = parser.parse_args(argv)
     require(args.top > 0, f"--top {args.top}: it must be more than 0")
-    trained = Path(args.run, "checkpoint.safetensors").exists()
-    require(trained, f"{args.run} is no run folder with a checkpoint.safetensors")
     require(args.action != "predict" or args.paths, "predict needs images or folders of images")
     action = {"predict": predict, "export": export, "words": words}[args.action]
     action(Run(args.run, args.pretrained, args.device), args)
