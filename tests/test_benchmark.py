@@ -96,6 +96,21 @@ def test_table(capsys):
         table.main(["nothing"])
 
 
+def test_table_keeps_kinds_of_runs_apart(capsys):
+    """With and without a baseline; trained on one dataset and evaluated on another."""
+    for name, dataset in {"trained": "dtd", "elsewhere": "sun397"}.items():
+        data.write(
+            Path(name, "config.json"), json.dumps({"settings": {"dataset": dataset}}).encode()
+        )
+    folders = [result("a", 1, 60.0, compare=False), result("b", 2, 62.0, compare=True)]
+    folders += [result("c", 3, 64.0, compare=True, eval="trained")]
+    folders += [result("d", 4, 66.0, compare=True, eval="elsewhere")]
+    table.main(folders)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "| tuned |" in line]
+    assert [row.split("|")[2].strip() for row in rows] == ["1"] * 4
+    assert sum("trained on sun397" in row for row in rows) == 1
+
+
 def test_plot():
     folders = [result(f"{k}{s}", s, 50.0 + k, k) for k in (1, 4, 16) for s in (1, 2)]
     table.main([*folders, "--plot", "x.svg"])
