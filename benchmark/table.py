@@ -138,7 +138,7 @@ def plot(series: dict[str, list[tuple]], x_title: str, y_title: str, log: bool =
 
 def against_shots(rows: dict[str, list[dict]]) -> dict[str, list[tuple]]:
     """Accuracy of the first test set against shots, a line for each kind."""
-    lines = defaultdict(list)
+    lines = defaultdict(dict)
     for results in rows.values():
         shots = results[0]["settings"]["shots"]
         for kind in ("zero_shot", "baseline", "tuned"):
@@ -146,9 +146,10 @@ def against_shots(rows: dict[str, list[dict]]) -> dict[str, list[tuple]]:
             if values and shots != "all":
                 error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
                 name = f"{results[0]['settings']['method']} {kind}".replace("_", "-")
-                lines[name].append((shots, statistics.mean(values), error))
+                require(shots not in lines[name], f"--plot: {name} is there twice at {shots} shots")
+                lines[name][shots] = (shots, statistics.mean(values), error)
     require(lines, "--plot draws accuracy against shots: name runs of few shots")
-    return {name: sorted(line) for name, line in lines.items()}
+    return {name: sorted(line.values()) for name, line in lines.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -204,8 +204,7 @@ def sections() -> list[tuple]:
     rules = ["CoOp", "ProGrad", "CE + KL", "ProGrad, λ = 0.8", "ProGrad, λ = 0.5"]
     prompts = ["deterministic", "VPT", "VPT u = 0.2", "VPT u = 10"]
     losses = ["fine-tuning", "ProReg", "KD"]
-    lists = rules, prompts, losses
-    rules, prompts, losses = ([(m, m, "tuned") for m in names] for names in lists)
+    rules, prompts, losses = ([(m, m, "tuned") for m in ms] for ms in (rules, prompts, losses))
     prompts += [("VPT, mean residual", "VPT", "mean_residual")]
     losses += [(f"{kind} {a} zero-shot", "fine-tuning", f"{kind} {a}")
                for kind in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]  # fmt: skip

@@ -118,6 +118,8 @@ def test_plot():
     assert svg.count("<polyline") == 3 and svg.count("<circle") == 9
     xs = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)][:3]
     assert abs((xs[1] - xs[0]) - (xs[2] - xs[1])) < 0.2  # powers of 2 are as far apart
+    with pytest.raises(UserError, match="prograd zero-shot is there twice at 4 shots"):
+        table.main([*folders, result("other", 1, 60.0, 4, lam=0.5), "--plot", "x.svg"])
 
 
 PROTOCOLS = {
