@@ -647,7 +647,7 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     """Make or find the run folder, write config.json, print what is done on what."""
     config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
               "classnames": task.classnames, "template": task.template, "split": task.split,
-              "train": task.lines}  # fmt: skip
+              "root": os.path.abspath(task.root), "train": task.lines}  # fmt: skip
     earlier = args.eval or args.resume
     if begun(earlier):
         compare_runs(read_run(earlier), config, task, earlier)
@@ -675,9 +675,7 @@ def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
     if new["settings"]["eval"]:
         finished = Path(folder, "result.json").exists()
         task.notes += [] if finished else [f"{folder} has not finished training"]
-        names = old["settings"]["dataset"], task.name
-        places = {os.path.realpath(name.partition(":")[2] or name) for name in names}
-        seen = data.trained_on(task, old["train"]) if len(places) == 1 else 0
+        seen = data.trained_on(task, old)
         task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
         return
     was, now = (config["classnames"] + config["train"] for config in (old, new))

@@ -746,11 +746,22 @@ def load_task(args: argparse.Namespace) -> Task:
     )
 
 
-def trained_on(task: Task, lines: list[str]) -> int:
-    """How many test images of the task's own dataset are among these lines of another run."""
-    own = [test.items for test in task.tests if test.name == task.name]
-    tested = {below(address, task.root) for address, _ in itertools.chain(*own)}
-    return len({line.rpartition("\t")[0] for line in lines} & tested)
+def trained_on(task: Task, config: dict) -> int:
+    """How many test images the run with this config.json was trained on: of the same real path, or
+    of the same dataset, which may have moved, and the same path below its folder."""
+    trained = {line.rpartition("\t")[0] for line in config["train"]}
+    real = {real_name(os.path.join(config["root"], path)) for path in trained}
+    seen = 0
+    for test in task.tests:
+        own = test.name == task.name == config["settings"]["dataset"]
+        for address, _ in test.items:
+            again = own and below(address, task.root) in trained
+            seen += again or real_name(address) in real
+    return seen
+
+
+def real_name(address: str) -> str:
+    return unicodedata.normalize("NFC", os.path.realpath(address))
 
 
 def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:

@@ -548,9 +548,17 @@ def test_further_test_sets_hold_no_trained_image(tmp_path):
 def test_tested_images_that_were_trained_on(tmp_path):
     photos(tmp_path, n=10)
     task = load(f"folder:{tmp_path}", shots="all")
-    assert data.trained_on(task, task.lines) == 0
+    run = {"settings": {"dataset": task.name}, "root": task.root, "train": task.lines}
+    assert data.trained_on(task, run) == 0
     tested = [f"{data.below(path, task.root)}\t0" for path, _ in task.tests[0].items[:3]]
-    assert data.trained_on(task, task.lines + tested) == 3
+    run["train"] = task.lines + tested
+    assert data.trained_on(task, run) == 3
+    assert data.trained_on(task, run | {"root": "moved"}) == 3
+    (tmp_path / "b").symlink_to(tmp_path)  # the same photos, otherwise called
+    other = load(f"folder:{tmp_path}/b", shots="all")
+    assert data.trained_on(other, run) == 3
+    run["root"] = "moved"
+    assert data.trained_on(other, run) == 0
 
 
 def test_toy_tasks():
