@@ -403,8 +403,8 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
 
 
 def check_parts(found: Found, rows: list[Row]) -> None:
-    """UserError for folders of parts beside folders of classes, for too many or too few parts. A
-    note says which of your own folders are read as parts."""
+    """UserError for folders of parts beside or below folders of classes, for too many or too few
+    parts. Notes say which of your own folders are parts, and that images lie below classes."""
     folders = {address.rpartition(os.sep)[0]: (cls, domain) for address, cls, _, domain in rows}
     paths = {below(folder, found.root): of for folder, of in folders.items()}
     special = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
@@ -747,16 +747,19 @@ def load_task(args: argparse.Namespace) -> Task:
 
 
 def trained_on(task: Task, config: dict) -> int:
-    """How many test images the run with this config.json was trained on: of the same real path, or
-    of the same dataset, which may have moved, and the same path below its folder."""
+    """How many test images the run with this config.json was trained on. Images of its own dataset,
+    which may have moved, are compared by their paths below its folder, others by real paths."""
     trained = {line.rpartition("\t")[0] for line in config["train"]}
-    real = {real_name(os.path.join(config["root"], path)) for path in trained}
     seen = 0
+    others = []
     for test in task.tests:
-        own = test.name == task.name == config["settings"]["dataset"]
-        for address, _ in test.items:
-            again = own and below(address, task.root) in trained
-            seen += again or real_name(address) in real
+        if test.name == task.name == config["settings"]["dataset"]:
+            seen += sum(below(address, task.root) in trained for address, _ in test.items)
+        else:
+            others += test.items
+    if others:  # real paths of all trained images take a while to ask for
+        real = {real_name(os.path.join(config["root"], path)) for path in trained}
+        seen += sum(real_name(address) in real for address, _ in others)
     return seen
 
 

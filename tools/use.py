@@ -135,7 +135,8 @@ def export(run: Run, args: argparse.Namespace) -> None:
         scale = run.learner.logit_scale.exp().item()
         state = run.learner.visual.state_dict()
         tensors |= {f"visual/{key}": value.contiguous() for key, value in state.items()}
-    note = {"model": run.clip.name, "pretrained": run.clip.pretrained, "scale": str(scale)}
+    name = run.clip.name.removesuffix("-quickgelu")  # "activation" says it
+    note = {"model": name, "pretrained": run.clip.pretrained, "scale": str(scale)}
     note |= {"classnames": json.dumps(run.classnames), "template": run.template}
     note["activation"] = common.activation(run.clip.model)  # of "openai" open_clip has the other
     data.write(Path(args.paths[0]), safetensors.torch.save(tensors, note))
