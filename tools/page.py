@@ -147,7 +147,8 @@ def classes(part: Part) -> str:
     change = accuracy[-1] - accuracy[0]
     order = [k for k in np.argsort(-change, kind="stable") if count[k]]
     gained, lost = sum(change > 0), sum(change < 0)
-    text = f"{gained} classes gained, {lost} lost, {len(order) - gained - lost} stayed the same."
+    same = len(order) - gained - lost
+    text = f"Classes that gained: {gained}, lost: {lost}, stayed the same: {same}."
     if len(order) > 100:
         order = order[: min(30, gained)] + order[len(order) - min(30, lost) :]
         text += " Shown are the 30 that gained most and the 30 that lost most."
@@ -205,7 +206,7 @@ def card(part: Part, n: int) -> str:
     for column, title in ((0, dotted(part.titles)[0]), (-1, dotted(part.titles)[-1])):
         name, p = part.names[part.predicted[column, n]], part.confidence[column, n]
         mark = "✓" if part.right[column, n] else "✗"
-        text += f"<p>{title} {mark} {name} {100 * p:.0f}&nbsp;%</p>"
+        text += f"<p>{title} {mark} {100 * p:.0f}&nbsp;% {name}</p>"
     source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f'<figure><img src="{source}" alt="{html.escape(address)}">{text}</figure>\n'
 
@@ -296,11 +297,12 @@ def summary(folder: Path, result: dict, config: dict, parts: list[Part]) -> str:
     origin.append(["versions", esc(", ".join(map(" ".join, result["versions"].items())))])
     notes = "".join(f"<li>{esc(note)}</li>\n" for note in result["notes"]) or "<li>none</li>"
     words = [s["model"], s["pretrained"] or "", s["precision"], f"on {s['device']}"]
+    trained = f"{len(config['train']):,} training images of {esc(training['dataset'])}"
+    drawn = f"shots: {training['shots']}, seed: {training['seed']}, epochs: {s['epochs']:,}"
+    tested = f"{sum(test['n'] for test in tests):,} test images"
+    kinds = f"{len(config['classnames']):,} classes, “{esc(config['template'])}”"
     return f"""<h1>{esc(result["name"])} on {esc(s["dataset"])}</h1>
-<p>{len(config["train"]):,} training images of {esc(training["dataset"])}
-(shots: {training["shots"]}, seed: {training["seed"]}), {s["epochs"]:,} epochs, {esc(" ".join(words))}.<br>
-{len(config["classnames"]):,} classes, {esc(config["template"])}, tested on
-{sum(test["n"] for test in tests):,} images.</p>
+<p>{trained} ({drawn}), {esc(" ".join(words))}.<br>{tested}, {kinds}.</p>
 {table(["", *dotted(titles | parts[0].titles)], rows)}
 <p class=soft>NLL: mean of -log p of the true class. ECE: by how much confidence and accuracy
 differ. Less is better of both. H: harmonic mean.</p>
