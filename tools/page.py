@@ -55,17 +55,17 @@ def dotted(titles: dict[str, str]) -> list[str]:
 
 
 def key_to(titles: dict[str, str]) -> str:
-    return f"<p class=key>{''.join(dotted(titles))}</p>"
+    return f"<p class='key'>{''.join(dotted(titles))}</p>"
 
 
 def table(head: list[str], rows: list[list[str]], names: int = 1) -> str:
     """The first `names` columns hold words, the others numbers."""
     lines = []
     for tag, cells in [("th", head), *(("td", row) for row in rows)]:
-        kinds = [" class=name"] * names + [""] * len(cells)
+        kinds = [' class="name"'] * names + [""] * len(cells)
         texts = [f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells)]
         lines.append(f"<tr>{''.join(texts)}</tr>\n")
-    return f"<div class=wide><table>\n{''.join(lines)}</table></div>\n"
+    return f"<div class='wide'><table>\n{''.join(lines)}</table></div>\n"
 
 
 def axes(title: str, x: str, height: float = 2.2, **more):
@@ -87,7 +87,7 @@ def plots(drawn: list) -> str:
         text = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue())
         text = re.sub(r' id="[a-z.0-9]+_[0-9]+"', "", text).replace(INK, "currentColor")
         texts.append(f'<figure style="width:320px">{text}</figure>')
-    return f"<div class=plots>{''.join(texts)}</div>\n"
+    return f"<div class='plots'>{''.join(texts)}</div>\n"
 
 
 # 2. READING ---------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def images(part: Part) -> str:
     text = ""
     for title, chosen in kinds.items():
         cards = [card(part, n) for n in order[chosen[order]][:12]] if part.items else []
-        text += f"<h4>{title.format(chosen.sum())}</h4><div class=cards>{''.join(cards)}</div>\n"
+        text += f"<h4>{title.format(chosen.sum())}</h4><div class='cards'>{''.join(cards)}</div>\n"
     return text
 
 
@@ -206,9 +206,9 @@ def card(part: Part, n: int) -> str:
     for column, title in ((0, dotted(part.titles)[0]), (-1, dotted(part.titles)[-1])):
         name, p = part.names[part.predicted[column, n]], part.confidence[column, n]
         mark = "✓" if part.right[column, n] else "✗"
-        text += f"<p>{title} {mark} {100 * p:.0f}&nbsp;% {name}</p>"
+        text += f"<p>{title} {mark} {100 * p:.0f} % {name}</p>"
     source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<figure><img src="{source}" alt="{html.escape(address)}">{text}</figure>\n'
+    return f'<figure><img src="{source}" alt="{html.escape(address)}"/>{text}</figure>\n'
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -302,9 +302,9 @@ def summary(folder: Path, result: dict, config: dict, parts: list[Part]) -> str:
     tested = f"{sum(test['n'] for test in tests):,} test images"
     kinds = f"{len(config['classnames']):,} classes, “{esc(config['template'])}”"
     return f"""<h1>{esc(result["name"])} on {esc(s["dataset"])}</h1>
-<p>{trained} ({drawn}), {esc(" ".join(words))}.<br>{tested}, {kinds}.</p>
+<p>{trained} ({drawn}), {esc(" ".join(words))}.<br/>{tested}, {kinds}.</p>
 {table(["", *dotted(titles | parts[0].titles)], rows)}
-<p class=soft>NLL: mean of -log p of the true class. ECE: by how much confidence and accuracy
+<p class="soft">NLL: mean of -log p of the true class. ECE: by how much confidence and accuracy
 differ. Less is better of both. H: harmonic mean.</p>
 <h4>Notes</h4><ul>{notes}</ul>
 <h4>Where these figures come from</h4>{table(["", ""], origin, names=2)}"""
