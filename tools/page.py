@@ -4,7 +4,7 @@
 
 The page holds its figures and thumbnails itself: no script, and nothing is loaded from elsewhere.
 Images are found again by the run's settings; where they have moved, the page is made without them
-and says so. matplotlib draws the figures; page.html beside this file is the page without contents.
+and says so. matplotlib draws the figures; page.html is its frame.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def confusions(part: Part) -> str:
         cells = [part.names[pair // C], part.names[pair % C], *(f"{n[pair]:,}" for n in counts)]
         rows += [cells] if both[pair] else []
     head = ["true class", "taken for", *dotted(part.titles)]
-    return f"<h4>Most often confused, images</h4>{table(head, rows, names=2)}"
+    return f"<h4>Most often confused, number of images</h4>{table(head, rows, names=2)}"
 
 
 def images(part: Part) -> str:
@@ -277,7 +277,7 @@ def errors(part: Part) -> str:
 
 
 # 4. THE PAGE --------------------------------------------------------------------------------------
-def summary(folder: Path, result: dict, config: dict, parts: list[Part]) -> str:
+def summary(folder: Path, result: dict, config: dict, parts: list[Part]) -> dict[str, str]:
     """What was run, the run's table, its notes, and where its figures came from."""
     tests, training, s = result["tests"], result["training"], result["settings"]
     titles = {column: column.replace("_", " ") for column in common.measures(tests[0])}
@@ -295,19 +295,19 @@ def summary(folder: Path, result: dict, config: dict, parts: list[Part]) -> str:
     origin = [[esc(key), esc(value)] for key, value in origin.items()]
     origin += [[f"test images: {p.title}", esc(t["images"])] for p, t in zip(parts, tests)]
     origin.append(["versions", esc(", ".join(map(" ".join, result["versions"].items())))])
-    notes = "".join(f"<li>{esc(note)}</li>\n" for note in result["notes"]) or "<li>none</li>"
     words = [s["model"], s["pretrained"] or "", s["precision"], f"on {s['device']}"]
-    trained = f"{len(config['train']):,} training images of {esc(training['dataset'])}"
+    trained = f"{len(config['train']):,} training images of {training['dataset']}"
     drawn = f"shots: {training['shots']}, seed: {training['seed']}, epochs: {s['epochs']:,}"
     tested = f"{sum(test['n'] for test in tests):,} test images"
-    kinds = f"{len(config['classnames']):,} classes, “{esc(config['template'])}”"
-    return f"""<h1>{esc(result["name"])} on {esc(s["dataset"])}</h1>
-<p>{trained} ({drawn}), {esc(" ".join(words))}.<br/>{tested}, {kinds}.</p>
-{table(["", *dotted(titles | parts[0].titles)], rows)}
-<p class="soft">NLL: mean of -log p of the true class. ECE: by how much confidence and accuracy
-differ. Less is better of both. H: harmonic mean.</p>
-<h4>Notes</h4><ul>{notes}</ul>
-<h4>Where these figures come from</h4>{table(["", ""], origin, names=2)}"""
+    kinds = f"{len(config['classnames']):,} classes, “{config['template']}”"
+    return {
+        "title": html.escape(f"{result['name']} on {s['dataset']}"),
+        "trained": esc(f"{trained} ({drawn}), {' '.join(words)}."),
+        "tested": esc(f"{tested}, {kinds}."),
+        "table": table(["", *dotted(titles | parts[0].titles)], rows),
+        "notes": "".join(f"<li>{esc(note)}</li>" for note in result["notes"]) or "<li>none</li>",
+        "origin": table(["", ""], origin, names=2),
+    }
 
 
 def page(folder: Path) -> str:
@@ -315,22 +315,15 @@ def page(folder: Path) -> str:
     require((folder / "result.json").exists(), f"{folder} has not finished: no result.json")
     result = data.read_json(folder / "result.json")
     parts, why = read_parts(folder, result, config["classnames"])
-    sections = {"Classes": classes, "Images": images, "Sureness": sureness, "Training": None,
-                "Errors in common": errors}  # fmt: skip
-    body = summary(folder, result, config, parts)
-    links = [f'<a href="#{title[:6]}">{title}</a>' for title in sections]
-    body += f"<nav>{''.join(links)}</nav>"
-    for title, show in sections.items():
-        body += f'<h2 id="{title[:6]}">{title}</h2>\n'
-        if title == "Training":
-            body += training(Path(result["training"]["run"]), parts[0].titles)
-        if title == "Images" and not all(part.items for part in parts):
-            body += f"<p>Made without images: {esc(why)}</p>"
-        for part in parts if show else ():
-            body += f"<h3>{part.title}</h3>\n" * (len(parts) > 1) + show(part)
-    title = html.escape(f"{result['name']} on {result['settings']['dataset']}")
+    fields = summary(folder, result, config, parts)
+    for show in (classes, images, sureness, errors):
+        heads = [f"<h3>{part.title}</h3>\n" if len(parts) > 1 else "" for part in parts]
+        fields[show.__name__] = "".join(head + show(part) for head, part in zip(heads, parts))
+    fields["training"] = training(Path(result["training"]["run"]), parts[0].titles)
+    found = all(part.items for part in parts)
+    fields["missing"] = "" if found else f"<p>Made without images: {esc(why)}.</p>"
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return string.Template(template).substitute(title=title, body=body)
+    return string.Template(template).substitute(fields)
 
 
 def main(argv: list[str] | None = None) -> None:
