@@ -135,11 +135,15 @@ def test_hostile_names(tmp_path):
 
 
 def test_mistakes(tmp_path, runs, monkeypatch, capsys):
-    for folder, text in ((tmp_path, "is no run folder"), (runs / "vpt", "need matplotlib")):
+    damaged = shutil.copytree(runs / "vpt", tmp_path / "damaged")
+    (damaged / "predictions.npz").write_text("hello")
+    cases = {tmp_path: "is no run folder", damaged: "is damaged", runs / "vpt": "need matplotlib"}
+    for folder, text in cases.items():
         with pytest.raises(SystemExit) as stopped:
             data.run(lambda folder=folder: page.main([str(folder)]))
         assert stopped.value.code == 2 and text in capsys.readouterr().err
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        if folder == damaged:
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 def test_in_a_browser(runs, tmp_path):

@@ -14,6 +14,7 @@ import io
 import re
 import string
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +92,21 @@ def plots(drawn: list) -> str:
 
 
 # 2. READING ---------------------------------------------------------------------------------------
+def arrays(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        return np.load(path)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise data.UserError(f"{path} is damaged: {error}") from error
+
+
 class Part:
     """What a run predicts of test set i: N images, C classes. Columns: zero-shot, baseline, tuned,
     or without a baseline."""
 
     def __init__(self, folder: Path, i: int, row: dict, found: data.Test | None, known: list[str]):
-        own, plain = np.load(folder / "predictions.npz"), folder / "baseline/predictions.npz"
+        own, plain = arrays(folder / "predictions.npz"), folder / "baseline/predictions.npz"
         files = [(own, f"{i}/zero_shot"), (own, f"{i}/tuned")]
-        files[1:1] = [(np.load(plain), f"{i}/tuned")] if row["baseline"] else []
+        files[1:1] = [(arrays(plain), f"{i}/tuned")] if row["baseline"] else []
         self.labels = own[f"{i}/labels"]  # [N]
         self.predicted = np.stack([file[f"{key}_predicted"] for file, key in files])  # [columns, N]
         self.confidence = np.stack([file[f"{key}_confidence"] for file, key in files])
@@ -113,7 +121,7 @@ class Part:
 
 def read_parts(folder: Path, result: dict, classnames: list[str]) -> tuple[list[Part], str]:
     """One for each test set, with its images where they are found; and why some are not."""
-    settings = argparse.Namespace(**result["settings"])
+    settings = argparse.Namespace(**result["settings"] | {"download": False})
     tests, why = [], "the images there are not those that were measured"
     try:
         tests = data.load_task(settings).tests
