@@ -313,6 +313,7 @@ def summary(folder: Path, result: dict, config: dict, parts: list[Part]) -> dict
         "trained": esc(f"{trained} ({drawn}), {' '.join(words)}."),
         "tested": esc(f"{tested}, {kinds}."),
         "table": table(["", *dotted(titles | parts[0].titles)], rows),
+        "extra": "Mean residual: one prompt, at VPT's μ." if "mean_residual" in titles else "",
         "notes": "".join(f"<li>{esc(note)}</li>" for note in result["notes"]) or "<li>none</li>",
         "origin": table(["", ""], origin, names=2),
     }
