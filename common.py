@@ -6,6 +6,7 @@ S tokens that hold all class names, L samples.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -37,6 +38,13 @@ VERSIONS = {
     name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 }
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CAST_LAYERS = (
+    torch.nn.Linear,
+    torch.nn.modules.linear.NonDynamicallyQuantizableLinear,  # nn.MultiheadAttention's last
+    torch.nn.Conv2d,
+)
+CAST_PARAMETERS = ("in_proj_weight", "in_proj_bias", "proj", "text_projection")
 
 
 # 1. CLIP ------------------------------------------------------------------------------------------
@@ -54,6 +62,7 @@ class Clip:
     memory_gb: float = 4.0  # bound on what the text encoder keeps alive
     scale: float = 100.0  # s = exp(logit_scale)
     weights: str = ""  # hash of tensors and activation: which CLIP it is, wherever its file lies
+    start: torch.nn.Module | None = None  # fp32 image encoder, where model's is held in half
 
     @property
     def width(self) -> int:
@@ -62,10 +71,11 @@ class Clip:
 
 
 def load_clip(
-    model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0
+    model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0, tuned=False
 ) -> Clip:
     """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
 
+    tuned: the image encoder is to be fine-tuned, so that its fp32 weights are kept as `start`.
     UserError for what is unknown, cannot be read, or has not CLIP's kind of text tower.
     """
     # Of hf-hub: and local-dir: open_clip takes configuration, weights and tokenizer together.
@@ -103,8 +113,34 @@ def load_clip(
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
     )
     check_text_tower(clip)
+    clip = in_precision(clip, precision, tuned)
     net.to(device)
-    return dataclasses.replace(clip, device=device, precision=precision, memory_gb=memory_gb)
+    return dataclasses.replace(clip, device=device, memory_gb=memory_gb)
+
+
+def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
+    """The CLIP with its frozen towers held in `precision`. WHY: autocast casts frozen weights anew
+    in every pass. Every number stays that of autocast over fp32 weights, to the last bit.
+
+    In fp16 the text tower stays fp32, as passes with gradients need it (see autocast).
+    """
+    net = clip.model
+    start = copy.deepcopy(net.visual) if tuned and precision != "fp32" else None
+    if precision != "fp32":
+        cast_weights(net if precision == "bf16" else net.visual, HALF[precision])
+    return dataclasses.replace(clip, precision=precision, start=start)
+
+
+def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast what autocast casts: linear layers, convolutions, attention, projections. Embeddings and
+    normalisation stay. WHY exact types: a subclass may compute with its weights before it."""
+    for part in module.modules():
+        # WHY: on a CPU nn.MultiheadAttention in eval mode has a path that rounds otherwise, for
+        # weights of its input's type. It drops nothing out in either mode.
+        part.training = isinstance(part, torch.nn.MultiheadAttention)
+        for name, value in part.named_parameters(recurse=False):
+            if type(part) in CAST_LAYERS or name in CAST_PARAMETERS:
+                value.data = value.data.to(dtype)
 
 
 def build_model(name: str, pretrained: str) -> torch.nn.Module:
@@ -188,7 +224,7 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
 
     WHY not fp16 where a prompt needs gradients: they underflow. That pass then runs in fp32.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(clip.precision)
+    dtype = HALF.get(clip.precision)
     enabled = dtype == torch.bfloat16 or (dtype == torch.float16 and not gradients)
     return torch.autocast(torch.device(clip.device).type, dtype, enabled=enabled)
 
@@ -348,6 +384,7 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
         qkv = F.linear(block.ln_1(x), attend.in_proj_weight, attend.in_proj_bias)
         # q, k, v: [g·r, heads, P + S, W / heads] each
         q, k, v = qkv.unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = mask.to(q.dtype)  # autocast would cast it in every layer
         mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if block is tower.transformer.resblocks[-1]:  # of the last layer only the ends are read
             x, mixed = x.gather(1, ends), mixed.gather(1, ends)
