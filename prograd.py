@@ -152,7 +152,7 @@ class PromptLearner(torch.nn.Module):
 def with_contexts(context: Tensor, names: Names) -> Names:
     """--csc: the context [C, M, W] differs by class, so it fills the places kept free before the
     class's own name."""
-    rows = names.rows.flatten(0, 1).index_add(0, names.free, context.flatten(0, 1))
+    rows = names.rows.flatten(0, 1).index_add(0, names.own, context.flatten(0, 1))
     return dataclasses.replace(names, rows=rows.view_as(names.rows))
 
 
@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> dict:
         require(same, f"{args.eval} has contexts for its own classes (--csc), not for these")
     method = "CoOp" if args.lam == 0 else "ProGrad" if args.rule == "project" else "CE + KL"
     compare = args.compare and method != "CoOp" and not args.eval
-    clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
+    clip = common.load_run_clip(args, task)
     out = common.open_run(args, task, clip, f"{method} against {'CoOp and ' * compare}zero-shot")
     views = common.training_views(args, clip, task.train)
     encoded = common.encode_tests(args, clip, task.tests)

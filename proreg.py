@@ -565,7 +565,7 @@ def main(argv: list[str] | None = None) -> dict:
     compare = args.compare and args.loss != "ce" and not args.eval
     task = data.load_task(args)
     check_task(args, task)
-    clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS}, tuned=True)
+    clip = common.load_run_clip(args, task, tuned=True)
     out = Path(args.resume or os.devnull)  # the other processes read a checkpoint, and write none
     encoded = []
     if processes()[0] == 0:

@@ -19,7 +19,7 @@ import prograd
 import proreg
 from data import UserError
 
-RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 32}
+RESNET = VISION | {"layers": [1] * 4, "width": 8, "patch_size": None, "head_width": 32}
 
 
 def has_quick_gelu(net) -> bool:
