@@ -87,6 +87,7 @@ def test_sections_and_numbers(name, runs):
         for cls, count, *cells in rows:
             right = 100 * (~wrong[:, labels == names.index(cls)]).mean(axis=1)
             assert cells[:-2] == [f"{share:.1f}" for share in right]
+            assert abs(float(cells[-2]) - (right[-1] - right[0])) < 0.06
             assert int(count) == (labels == names.index(cls)).sum()
         for true, taken, *cells in tables[3 + 2 * i][1:]:
             mixed = (labels == names.index(true)) & (np.stack(guesses) == names.index(taken))
