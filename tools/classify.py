@@ -1,46 +1,23 @@
 """Classify images by an exported classifier. Needs torch, open_clip and Pillow alone.
 
-    python classify.py FILE.safetensors a.jpg b.jpg [--pretrained W]
+    python classify.py FILE.safetensors a.jpg b.jpg
 
-W: where the CLIP's weights are, if they were a file (toyclip's: toyclip/weights.safetensors).
-ProReg's FILE holds its image encoder, and needs none.
+--pretrained W: the CLIP's weights, where they are a file or a tag that FILE does not say. ProReg's
+FILE holds its image encoder, and needs none.
+--config C.json: of a model that open_clip does not know. toyclip: toyclip/weights.safetensors as W,
+toyclip/toyclip.json as C.
 """
 
 import argparse
 import json
-import os
+import logging
 import sys
-import tempfile
 
 import open_clip
 import safetensors
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-
-
-def load_model(note: dict, visual: dict, weights: str) -> torch.nn.Module:
-    """CLIP with its own activation; its image encoder is `visual`, where that was tuned."""
-    name = note["model"]
-    if ":" not in name and not open_clip.get_model_config(name):  # toyclip
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, f"{name}.json")
-            with open(path, "w") as file:
-                file.write(note["config"])
-            open_clip.add_model_config(path)
-    if not (weights or visual or ":" in name):
-        sys.exit(f"error: name the CLIP's weights file, {note['file']}, by --pretrained")
-    from_file = bool(visual) or os.path.isfile(weights) or ":" in name
-    quick = note["activation"] == "QuickGELU"
-    net = open_clip.create_model(name, None if from_file else weights, force_quick_gelu=quick)
-    if visual:
-        net.visual.load_state_dict(visual)
-    elif os.path.isfile(weights):
-        try:  # an archive of OpenAI's
-            net.load_state_dict(torch.jit.load(weights, "cpu").state_dict(), strict=False)
-        except RuntimeError:
-            open_clip.load_checkpoint(net, weights)
-    return net.eval()
 
 
 def read_image(path: str) -> Image.Image:
@@ -56,21 +33,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("classifier", metavar="FILE.safetensors")
     parser.add_argument("images", nargs="+")
-    parser.add_argument("--pretrained", metavar="W", help="the CLIP's weights file")
+    parser.add_argument("--pretrained", metavar="W", help="the CLIP's weights file, or a tag")
+    parser.add_argument("--config", metavar="C.json", help="of a model unknown to open_clip")
     args = parser.parse_args()
     with safetensors.safe_open(args.classifier, "pt") as file:
         note = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     visual = {key[7:]: value for key, value in tensors.items() if key.startswith("visual/")}
-    net = load_model(note, visual, args.pretrained or note["pretrained"])
+    if args.config:
+        open_clip.add_model_config(args.config)
+    weights = None if visual else args.pretrained or note["pretrained"] or None
+    quick = note["activation"] == "QuickGELU"
+    logging.disable()  # open_clip warns of random weights: they are replaced or refused below
+    try:
+        clip = open_clip.create_model(note["model"], weights, force_quick_gelu=quick).eval()
+    except Exception as error:
+        sys.exit(f"error: {str(error)[:200]}; see --config and --pretrained")
+    if visual:
+        clip.visual.load_state_dict(visual)
     settings = open_clip.transform.PreprocessCfg(**json.loads(note["preprocess"]))
     preprocess = open_clip.transform.image_transform_v2(settings, is_train=False)
 
     def encode(image: Image.Image) -> torch.Tensor:
-        return F.normalize(net.encode_image(preprocess(image)[None]), dim=-1)  # [1, D]
+        return F.normalize(clip.encode_image(preprocess(image)[None]), dim=-1)  # [1, D]
 
-    if (encode(Image.new("RGB", (64, 64), "red")) - tensors["red"]).norm() > 1e-2:
-        sys.exit("error: this is another CLIP than the one of the training")
+    if (encode(Image.new("RGB", (64, 64), "red")) - tensors["red"]).norm() > 0.01:
+        sys.exit(f"error: name the weights of its CLIP, {note['weights']}, by --pretrained")
     text = tensors.get("samples", tensors.get("classifier"))  # [L, C, D] or [C, D]
     names = [name.replace("_", " ") for name in json.loads(note["classnames"])]
     for path in args.images:

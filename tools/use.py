@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ import data
 from data import require
 
 BLOCK = 4096  # images whose features are held at once
-COLUMNS = ("zero-shot", "tuned")
+TITLES = ("zero-shot", "tuned")
 
 
 class Run:
@@ -104,7 +103,7 @@ def find_images(paths: list[str]) -> list[tuple[str, str]]:
         source = data.Source("", " ".join(data.ENDINGS), paths="(?P<cls>[^/]+)/.+|.+")
         folder = data.Found(f"folder:{path}", source, path)
         rows = data.walk(folder, argparse.Namespace()) if Path(path).is_dir() else [(path, "")]
-        found += [(address, cls) for address, cls, *_ in rows]
+        found += [(address, called(cls)) for address, cls, *_ in rows]
         print(*(f"note: {path}: {note}\n" for note in folder.notes), sep="", end="")
     return found
 
@@ -116,67 +115,61 @@ def called(name: str) -> str:
 def folder_labels(classnames: list[str], lines: list[str]) -> dict[str, int]:
     """{folder: label}: a folder is called as a class, or as one in which this class's training
     images alone lay. What two classes are called is left out."""
-    labels = collections.defaultdict(set)
-    for label, name in enumerate(classnames):
-        labels[called(name)].add(label)
+    pairs = [(called(name), label) for label, name in enumerate(classnames)]
     for path, label in (line.rsplit("\t", 1) for line in lines):
-        for folder in path.split("/")[:-1]:
-            labels[called(folder)].add(int(label))
-    return {folder: min(those) for folder, those in labels.items() if len(those) == 1}
+        pairs += [(called(folder), int(label)) for folder in path.split("/")[:-1]]
+    groups = data.group(set(pairs), lambda pair: pair[0])
+    return dict(those[0] for those in groups.values() if len(those) == 1)
 
 
 def predict(run: Run, args: argparse.Namespace) -> None:
     """Print the likeliest classes of each image, or write the first of them; then the scores."""
-    classnames = args.classes or run.classnames
     own = getattr(run.settings, "csc", False) or getattr(run.settings, "head", "") == "mlp"
     require(not (args.classes and own), "--csc and --head mlp know their own classes: no --classes")
-    distinct = len({*map(called, args.classes or [])}) == len(args.classes or [])
-    require(distinct and len(classnames) > 1, "--classes needs two or more, each of them once")
+    classnames = args.classes or run.classnames
+    once = not args.classes or len({*map(called, classnames)}) == len(classnames) > 1
+    require(once, "--classes needs two names or more, each of them once")
     label = folder_labels(classnames, [] if args.classes else run.lines)
-    items = [(path, label.get(called(cls), -1)) for path, cls in find_images(args.paths)]
+    items = [(path, label.get(folder, -1)) for path, folder in find_images(args.paths)]
     names = [name.replace("_", " ") for name in classnames]
-    rows = []  # path, zero-shot's class, its probability, the run's class, its probability
+    table = [["path", "zero_shot", "zero_shot_probability", "tuned", "tuned_probability"]]
+    predicted = []  # [N, 2]
     for found in run.features(items):
         logits = torch.stack(run.logits(classnames, *found), dim=1)  # [n, 2, C]
-        top = logits.softmax(dim=-1).topk(min(args.top, len(names)))
-        for both in zip(top.indices.tolist(), top.values.tolist()):
-            path = items[len(rows)][0]
-            ranked = [[*zip(*column)] for column in zip(*both)]  # of both columns (class, p), ..
-            rows.append([path, *ranked[0][0], *ranked[1][0]])
-            for column, pairs in zip(COLUMNS, ranked):
-                text = ", ".join(f"{names[c]} {100 * p:.1f} %" for c, p in pairs)
-                path += f"\n  {column:9}  {text}"
+        p, top = logits.softmax(dim=-1).topk(min(args.top, len(names)))  # [n, 2, K]
+        for classes, shares in zip(top.tolist(), p.tolist()):
+            lines = [items[len(predicted)][0]]
+            table.append(lines[:])
+            predicted.append([classes[0][0], classes[1][0]])
+            for title, some, share in zip(TITLES, classes, shares):
+                table[-1] += [names[some[0]], f"{share[0]:.6f}"]
+                text = ", ".join(f"{names[c]} {100 * p:.1f} %" for c, p in zip(some, share))
+                lines.append(f"  {title:9}  {text}")
             if not args.csv:
-                tqdm.write(path)
+                tqdm.write("\n".join(lines))
     if args.csv:
-        write_csv(Path(args.csv), rows, names)
-    print_scores(np.array([label for _, label in items]), rows, names)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(table)
+        data.write(Path(args.csv), text.getvalue().encode("utf-8", "surrogateescape"))
+        print(f"written to {args.csv}: {len(items)} images")
+    print_scores(np.array([label for _, label in items]), np.array(predicted), names)
 
 
-def write_csv(path: Path, rows: list[list], names: list[str]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "zero_shot", "zero_shot_probability", "tuned", "tuned_probability"])
-    writer.writerows([p, names[a], f"{u:.6f}", names[b], f"{v:.6f}"] for p, a, u, b, v in rows)
-    data.write(path, text.getvalue().encode("utf-8", "surrogateescape"))
-    print(f"written to {path}: {len(rows)} images")
-
-
-def print_scores(labels: np.ndarray, rows: list[list], names: list[str]) -> None:
-    """Of the images in folders that are called as classes; the others have label -1."""
+def print_scores(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> None:
+    """Of the images in folders called as classes. labels [N], -1 in others; predicted [N, 2]."""
     known = labels >= 0
-    if not known.any():
-        return
-    apart = f"; in no class's folder: {(~known).sum()}" if not known.all() else ""
-    print(f"images in {len(set(labels[known]))} classes' folders: {known.sum()}{apart}")
-    for column, place in zip(COLUMNS, (1, 3)):
-        predicted = np.array([row[place] for row in rows])
-        right = predicted == labels
-        mean = np.mean([right[labels == c].mean() for c in set(labels[known])])
-        wrong = collections.Counter(zip(labels[known & ~right], predicted[known & ~right]))
-        text = ", ".join(f"{names[c]} as {names[p]} {n}" for (c, p), n in wrong.most_common(5))
-        share = f"accuracy {100 * right[known].mean():.1f} %, class mean {100 * mean:.1f} %"
-        print(f"  {column:9}  {share}; most often confused: {text or 'none'}")
+    if known.any():
+        print(
+            f"in folders of {len({*labels[known]})} classes: {known.sum()} of {len(known)} images"
+        )
+    for title, guess in zip(TITLES, predicted[known].T if known.any() else ()):
+        truth = labels[known]
+        right = guess == truth
+        mean = np.mean([right[truth == c].mean() for c in {*truth}])
+        wrong = collections.Counter(zip(truth[~right], guess[~right])).most_common(5)
+        text = ", ".join(f"{names[c]} as {names[g]} {n}" for (c, g), n in wrong) or "none"
+        text = f"class mean {100 * mean:.1f} %, most often confused: {text}"
+        print(f"  {title:9}  accuracy {100 * right.mean():.1f} %, {text}")
 
 
 @torch.no_grad()
@@ -197,53 +190,41 @@ def text_features(run: Run, classnames: list[str]) -> torch.Tensor:
     return F.normalize(text, dim=-1)
 
 
-def export(run: Run, args: argparse.Namespace) -> None:
-    """A classifier as safetensors and classify.py beside it; with --features a test set as npz."""
-    require(len(args.paths) + bool(args.features), "export needs FILE, or --features FILE.npz")
-    require(len(args.paths) < 2, f"export writes one file, not {' and '.join(args.paths)}")
-    if args.features:
-        export_features(run, Path(args.features))
-    for path in map(Path, args.paths):
-        export_classifier(run, path)
-
-
 @torch.no_grad()
-def export_classifier(run: Run, path: Path) -> None:
-    """Class weights, a tuned image encoder, and what classify.py has to know of the CLIP."""
-    program = Path(__file__).with_name("classify.py").read_bytes()
+def export(run: Run, args: argparse.Namespace) -> None:
+    """Class weights, a tuned image encoder and a note on the CLIP, as safetensors, and classify.py;
+    with --features a test set's features as npz."""
+    one = len(args.paths) + bool(args.features) == 1
+    require(one, "export needs a file to write: FILE.safetensors, or --features FILE.npz")
+    if args.features:
+        return export_features(run, args)
+    path = Path(args.paths[0])
     beside = path.with_name("classify.py")
+    program = Path(__file__).with_name("classify.py").read_bytes()
     free = path != beside and (not beside.exists() or beside.read_bytes() == program)
     require(free, f"{beside} is another file: move it, or export to another folder")
-    clip, learner = run.clip, run.learner
     weights = text_features(run, run.classnames)
-    tensors = {"classifier" if weights.dim() == 2 else "samples": weights.contiguous()}
+    tensors = {"classifier" if weights.dim() == 2 else "samples": weights}
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
-    encoder = learner if hasattr(learner, "encode_image") else clip.model
+    clip, scale, encoder = run.clip, run.clip.scale, run.clip.model
+    if hasattr(run.learner, "encode_image"):
+        encoder, scale = run.learner, run.learner.logit_scale.exp().item()
+        state = encoder.visual.state_dict()
+        tensors |= {f"visual/{key}": value for key, value in state.items()}
     red = clip.preprocess(Image.new("RGB", (64, 64), "red"))[None].to(clip.device)
     tensors["red"] = F.normalize(encoder.encode_image(red), dim=-1)  # tells it from other CLIPs
-    scale = clip.scale
-    if encoder is learner:
-        scale = learner.logit_scale.exp().item()
-        state = learner.visual.state_dict()
-        tensors |= {f"visual/{key}": value.contiguous() for key, value in state.items()}
-    is_file = Path(clip.pretrained).is_file()
-    note = {
-        "model": clip.name.removesuffix("-quickgelu"),  # "activation" says it
-        "pretrained": "" if is_file else clip.pretrained,
-        "file": Path(clip.pretrained).name,
-        "activation": common.activation(clip.model),
-        "config": json.dumps(open_clip.get_model_config(clip.name)),
-        "preprocess": json.dumps(clip.model.visual.preprocess_cfg),
-        "scale": repr(scale),
-        "classnames": json.dumps(run.classnames),
-        "template": run.template,
-    }
+    tag = "" if Path(clip.pretrained).is_file() else clip.pretrained
+    note = {"model": clip.name.removesuffix("-quickgelu"), "pretrained": tag, "scale": repr(scale)}
+    note |= {"weights": Path(clip.pretrained).name, "activation": common.activation(clip.model)}
+    note |= {"classnames": json.dumps(run.classnames), "template": run.template}
+    note["preprocess"] = json.dumps(clip.model.visual.preprocess_cfg)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     data.write(path, safetensors.torch.save(tensors, note))
     data.write(beside, program)
-    print(f"written to {path}: {shapes}", f"try next: python {beside} {path} IMAGE", sep="\n")
+    print(f"written to {path}: {shapes}; try next: python {beside} {path} IMAGE")
 
 
-def export_features(run: Run, path: Path) -> None:
+def export_features(run: Run, args: argparse.Namespace) -> None:
     """Of the run's first test set: features, labels, text features, predicted labels of both."""
     test = data.load_task(run.settings).tests[0]
     x, x_tuned = (torch.cat(column) for column in zip(*run.features(test.items)))
@@ -261,8 +242,8 @@ def export_features(run: Run, path: Path) -> None:
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, classnames=np.array(test.classnames), **arrays)
-    data.write(path, buffer.getvalue())
-    print(f"written to {path}: {', '.join(arrays)}, classnames")
+    data.write(Path(args.features), buffer.getvalue())
+    print(f"written to {args.features}: {', '.join(arrays)}, classnames")
 
 
 @torch.no_grad()
