@@ -87,7 +87,7 @@ def find_script(method: str, named: str | None):
     sent: it would decide which code is run here."""
     path = Path(named or Path(common.__file__).with_name(f"{Path(method).name}.py"))
     require(path.is_file(), f"there is no {path}: name the script of the run by --script")
-    sys.path.insert(0, str(path.parent))
+    sys.path.insert(0, str(path.resolve().parent))
     module = importlib.import_module(path.stem)
     complete = hasattr(module, "read_learner") and hasattr(module, "class_logits")
     text = "read_learner(folder, args, clip), class_logits(learner, clip, classnames, x, template)"
@@ -249,7 +249,7 @@ def export_features(run: Run, args: argparse.Namespace) -> None:
 @torch.no_grad()
 def words(run: Run, args: argparse.Namespace) -> None:
     """Print each context vector's nearest tokens, of its own model's vocabulary."""
-    require(hasattr(run.learner, "context"), "a run without a context (proreg.py): nothing to read")
+    require(hasattr(run.learner, "context"), "this run (of proreg.py?) has no context: nothing to read")
     table = common.text_tower(run.clip.model).token_embedding.weight
     seen = table.any(dim=1).nonzero()[:, 0]  # toyclip knows few words
     for i, vector in enumerate(run.learner.context.flatten(0, -2)):
