@@ -2,10 +2,9 @@
 
     python classify.py FILE.safetensors a.jpg b.jpg
 
---pretrained W: the CLIP's weights, where they are a file or a tag that FILE does not say. ProReg's
-FILE holds its image encoder, and needs none.
---config C.json: of a model that open_clip does not know. toyclip: toyclip/weights.safetensors as W,
-toyclip/toyclip.json as C.
+--pretrained W: the CLIP's weights file, or a tag (for an archive of OpenAI's: openai), where FILE
+has neither a tag nor, as ProReg's, the image encoder. --config C.json: of a model that open_clip
+does not know. Of toyclip W is toyclip/weights.safetensors, C is toyclip/toyclip.json.
 """
 
 import argparse

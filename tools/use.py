@@ -17,7 +17,6 @@ import importlib
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +41,13 @@ class Run:
     def __init__(self, folder: str, args: argparse.Namespace):
         config = common.read_run(folder)
         needed = {"method", "settings", "weights", "classnames", "template", "train"}
-        known = needed <= {*config} and "model" in config["settings"]
-        require(known, f"{folder}: its config.json is damaged, or of another program")
+        whole = needed <= {*config} and "model" in config["settings"]
+        require(whole, f"{folder}: its config.json is damaged, or of another program")
         if not Path(folder, "result.json").exists():
             begun = any(Path(folder).glob("*.safetensors"))
             require(begun, f"{folder} has not finished training, and has no checkpoint yet")
             print(f"note: {folder} has not finished training: this is its last checkpoint")
-        self.script = find_script(str(config["method"]), args.script)
+        self.script = find_script(config, args.script)
         own = getattr(self.script, "SETTINGS", {}) | config["settings"]
         self.settings = argparse.Namespace(**common.DEFAULTS | own)
         require(not self.settings.eval, f"{folder} evaluates {self.settings.eval}: name that run")
@@ -62,36 +61,36 @@ class Run:
         require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
         self.learner = self.script.read_learner(folder, self.settings, self.clip)
 
-    def features(self, items: list[data.Item]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Block by block the frozen encoder's unit features [n, D], and those that the run
-        classifies: the same, or its own encoder's, unnormalised."""
-        for start in tqdm(range(0, len(items), BLOCK), "predict", leave=False, disable=None):
+    @torch.no_grad()
+    def blocks(self, classnames: list[str], items: list[data.Item]):
+        """Of a block of images after the other: the frozen encoder's unit features [n, D], those
+        that the run classifies (the same, or its own encoder's, unnormalised), zero-shot CLIP's
+        logits [n, C] and the run's. So memory does not grow with the number of images."""
+        classifier = common.zero_shot_classifier(self.clip, classnames, [self.template])
+        for start in tqdm(range(0, len(items), BLOCK), "blocks", leave=False, disable=None):
             what = (items[start : start + BLOCK], self.clip.preprocess, self.settings)
             x = F.normalize(common.encode_images(self.clip, *what, cache=False)[0], dim=-1)
-            x_tuned = x
+            own = x
             if hasattr(self.learner, "encode_image"):
-                own = dataclasses.replace(self.clip, model=self.learner)
-                x_tuned = common.encode_images(own, *what, cache=False)[0]
-            yield x, x_tuned
-
-    @torch.no_grad()
-    def logits(self, classnames: list[str], x: torch.Tensor, x_tuned: torch.Tensor) -> list:
-        """Zero-shot CLIP's logits [n, C], and the run's."""
-        classifier = common.zero_shot_classifier(self.clip, classnames, [self.template])
-        what = (self.learner, self.clip, classnames, x_tuned, self.template)
-        return [self.clip.scale * x @ classifier.T, self.script.class_logits(*what)]
+                clip = dataclasses.replace(self.clip, model=self.learner)
+                own = common.encode_images(clip, *what, cache=False)[0]
+            named = (classnames, own, self.template)
+            tuned = self.script.class_logits(self.learner, self.clip, *named)
+            yield x, own, self.clip.scale * x @ classifier.T, tuned
 
 
-def find_script(method: str, named: str | None):
-    """The module that made the run. WHY not by the path in its folder, which somebody may have
-    sent: it would decide which code is run here."""
-    path = Path(named or Path(common.__file__).with_name(f"{Path(method).name}.py"))
-    require(path.is_file(), f"there is no {path}: name the script of the run by --script")
+def find_script(config: dict, named: str | None):
+    """The module that made a run. WHY not by the path in its config.json: a run that somebody sent
+    must not decide which code is run here."""
+    root = Path(common.__file__).parent
+    path = Path(named or root / f"{Path(str(config['method'])).name}.py")
+    made = config.get("script", f"{config['method']}.py")
+    require(path.is_file(), f"there is no {path}: name the script of the run, {made}, by --script")
     sys.path.insert(0, str(path.resolve().parent))
     module = importlib.import_module(path.stem)
-    complete = hasattr(module, "read_learner") and hasattr(module, "class_logits")
+    whole = hasattr(module, "read_learner") and hasattr(module, "class_logits")
     text = "read_learner(folder, args, clip), class_logits(learner, clip, classnames, x, template)"
-    require(complete, f"{path} must define {text}, as prograd.py does")
+    require(whole, f"{path} must define {text}, as prograd.py does")
     return module
 
 
@@ -134,17 +133,18 @@ def predict(run: Run, args: argparse.Namespace) -> None:
     names = [name.replace("_", " ") for name in classnames]
     table = [["path", "zero_shot", "zero_shot_probability", "tuned", "tuned_probability"]]
     predicted = []  # [N, 2]
-    for found in run.features(items):
-        logits = torch.stack(run.logits(classnames, *found), dim=1)  # [n, 2, C]
-        p, top = logits.softmax(dim=-1).topk(min(args.top, len(names)))  # [n, 2, K]
-        for classes, shares in zip(top.tolist(), p.tolist()):
-            lines = [items[len(predicted)][0]]
-            table.append(lines[:])
-            predicted.append([classes[0][0], classes[1][0]])
-            for title, some, share in zip(TITLES, classes, shares):
-                table[-1] += [names[some[0]], f"{share[0]:.6f}"]
-                text = ", ".join(f"{names[c]} {100 * p:.1f} %" for c, p in zip(some, share))
+    for *_, zero_shot, tuned in run.blocks(classnames, items):
+        both = torch.stack([zero_shot, tuned], dim=1).softmax(dim=-1)  # [n, 2, C]
+        top = both.topk(min(args.top, len(names)))
+        for classes, shares in zip(top.indices.tolist(), top.values.tolist()):
+            row = [items[len(predicted)][0]]
+            lines = row[:]
+            for title, best, values in zip(TITLES, classes, shares):
+                text = ", ".join(f"{names[c]} {100 * p:.1f} %" for c, p in zip(best, values))
                 lines.append(f"  {title:9}  {text}")
+                row += [names[best[0]], f"{values[0]:.6f}"]
+            predicted.append([best[0] for best in classes])
+            table.append(row)
             if not args.csv:
                 tqdm.write("\n".join(lines))
     if args.csv:
@@ -158,18 +158,17 @@ def predict(run: Run, args: argparse.Namespace) -> None:
 def print_scores(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> None:
     """Of the images in folders called as classes. labels [N], -1 in others; predicted [N, 2]."""
     known = labels >= 0
-    if known.any():
-        print(
-            f"in folders of {len({*labels[known]})} classes: {known.sum()} of {len(known)} images"
-        )
-    for title, guess in zip(TITLES, predicted[known].T if known.any() else ()):
-        truth = labels[known]
+    truth = labels[known]
+    if not known.any():
+        return
+    print(f"in folders of {len({*truth})} classes: {len(truth)} of {len(labels)} images")
+    for title, guess in zip(TITLES, predicted[known].T):
         right = guess == truth
         mean = np.mean([right[truth == c].mean() for c in {*truth}])
         wrong = collections.Counter(zip(truth[~right], guess[~right])).most_common(5)
         text = ", ".join(f"{names[c]} as {names[g]} {n}" for (c, g), n in wrong) or "none"
-        text = f"class mean {100 * mean:.1f} %, most often confused: {text}"
-        print(f"  {title:9}  accuracy {100 * right.mean():.1f} %, {text}")
+        shares = f"accuracy {100 * right.mean():.1f} %, class mean {100 * mean:.1f} %"
+        print(f"  {title:9}  {shares}, most often confused: {text}")
 
 
 @torch.no_grad()
@@ -207,7 +206,7 @@ def export(run: Run, args: argparse.Namespace) -> None:
     tensors = {"classifier" if weights.dim() == 2 else "samples": weights}
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
     clip, scale, encoder = run.clip, run.clip.scale, run.clip.model
-    if hasattr(run.learner, "encode_image"):
+    if hasattr(run.learner, "encode_image"):  # ProReg's
         encoder, scale = run.learner, run.learner.logit_scale.exp().item()
         state = encoder.visual.state_dict()
         tensors |= {f"visual/{key}": value for key, value in state.items()}
@@ -227,11 +226,10 @@ def export(run: Run, args: argparse.Namespace) -> None:
 def export_features(run: Run, args: argparse.Namespace) -> None:
     """Of the run's first test set: features, labels, text features, predicted labels of both."""
     test = data.load_task(run.settings).tests[0]
-    x, x_tuned = (torch.cat(column) for column in zip(*run.features(test.items)))
-    zero_shot, tuned = run.logits(test.classnames, x, x_tuned)
+    x, own, zero_shot, tuned = map(torch.cat, zip(*run.blocks(test.classnames, test.items)))
     arrays = {
         "x": x,
-        "x_tuned": F.normalize(x_tuned, dim=-1),
+        "x_tuned": F.normalize(own, dim=-1),
         "labels": torch.tensor([label for _, label in test.items]),
         "text_zero_shot": common.zero_shot_classifier(run.clip, test.classnames, [test.template]),
         "predicted_zero_shot": zero_shot.argmax(dim=-1),
@@ -249,7 +247,7 @@ def export_features(run: Run, args: argparse.Namespace) -> None:
 @torch.no_grad()
 def words(run: Run, args: argparse.Namespace) -> None:
     """Print each context vector's nearest tokens, of its own model's vocabulary."""
-    require(hasattr(run.learner, "context"), "this run (of proreg.py?) has no context: nothing to read")
+    require(hasattr(run.learner, "context"), "this run has no context: there is nothing to read")
     table = common.text_tower(run.clip.model).token_embedding.weight
     seen = table.any(dim=1).nonzero()[:, 0]  # toyclip knows few words
     for i, vector in enumerate(run.learner.context.flatten(0, -2)):
@@ -257,8 +255,8 @@ def words(run: Run, args: argparse.Namespace) -> None:
         near = distance.topk(min(args.top, len(seen)), largest=False)
         texts = [run.clip.tokenizer.decode([i]).strip() for i in seen[near.indices].tolist()]
         pairs = [f"{text} {d:.2f}" for text, d in zip(texts, near.values.tolist())]
-        nothing = vector.norm() < distance.min()  # a slot that began empty: no word is meant
-        nearest = "zero" if nothing else ", ".join(pairs)
+        empty = vector.norm() < distance.min()  # zero is nearer than any token
+        nearest = "zero" if empty else ", ".join(pairs)
         print(f"{i:3}  length {vector.norm():.2f}  nearest: {nearest}")
 
 
