@@ -44,10 +44,7 @@ def main() -> None:
     weights = None if visual else args.pretrained or note["pretrained"] or None
     quick = note["activation"] == "QuickGELU"
     logging.disable()  # open_clip warns of random weights: they are replaced or refused below
-    try:
-        clip = open_clip.create_model(note["model"], weights, force_quick_gelu=quick).eval()
-    except Exception as error:
-        sys.exit(f"error: {str(error)[:200]}; see --config and --pretrained")
+    clip = open_clip.create_model(note["model"], weights, force_quick_gelu=quick).eval()
     if visual:
         clip.visual.load_state_dict(visual)
     settings = open_clip.transform.PreprocessCfg(**json.loads(note["preprocess"]))
@@ -68,4 +65,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:  # no such file, no image, a model that open_clip does not know
+        sys.exit(f"error: {str(error)[:200]}; see the head of {sys.argv[0]}")

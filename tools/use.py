@@ -206,7 +206,9 @@ def export(run: Run, args: argparse.Namespace) -> None:
     tensors = {"classifier" if weights.dim() == 2 else "samples": weights}
     shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
     clip, scale, encoder = run.clip, run.clip.scale, run.clip.model
-    if hasattr(run.learner, "encode_image"):  # ProReg's
+    if hasattr(run.learner, "encode_image"):  # ProReg's, or of a script that follows it
+        known = hasattr(run.learner, "visual") and hasattr(run.learner, "logit_scale")
+        require(known, "a tuned encoder is exported as learner.visual and learner.logit_scale")
         encoder, scale = run.learner, run.learner.logit_scale.exp().item()
         state = encoder.visual.state_dict()
         tensors |= {f"visual/{key}": value for key, value in state.items()}
