@@ -40,16 +40,13 @@ class Run:
 
     def __init__(self, folder: str, args: argparse.Namespace):
         config = common.read_run(folder)
-        needed = {"method", "settings", "weights", "classnames", "template", "train"}
-        whole = needed <= {*config} and "model" in config["settings"]
-        require(whole, f"{folder}: its config.json is damaged, or of another program")
         if not Path(folder, "result.json").exists():
             begun = any(Path(folder).glob("*.safetensors"))
             require(begun, f"{folder} has not finished training, and has no checkpoint yet")
             print(f"note: {folder} has not finished training: this is its last checkpoint")
         self.script = find_script(config, args.script)
         own = getattr(self.script, "SETTINGS", {}) | config["settings"]
-        self.settings = argparse.Namespace(**common.DEFAULTS | own)
+        self.settings = argparse.Namespace(**own)
         require(not self.settings.eval, f"{folder} evaluates {self.settings.eval}: name that run")
         self.settings.pretrained = args.pretrained or self.settings.pretrained
         vars(self.settings).update(device=args.device, workers=0, precision="fp32")
