@@ -143,7 +143,8 @@ def predict(run: Run, args: argparse.Namespace) -> None:
             predicted.append([best[0] for best in classes])
             table.append(row)
             if not args.csv:
-                tqdm.write("\n".join(lines))
+                with tqdm.external_write_mode():  # clears the bar for it
+                    print(*lines, sep="\n")
     if args.csv:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(table)
