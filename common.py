@@ -699,6 +699,8 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used."""
     typed = vars(parser.parse_args(argv))
+    alone = method == "proreg" or not several_processes()
+    require(alone, f"{method}.py runs in one process: start it by python, one run for each GPU")
     twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
     require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
     stored = inherited(typed, method)
@@ -771,6 +773,11 @@ def begun(folder: str | Path) -> bool:
 
 def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
+
+
+def several_processes() -> bool:
+    """Whether torchrun started this process beside others."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def settle_device(args: argparse.Namespace) -> None:
