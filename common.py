@@ -737,18 +737,18 @@ def inherited(typed: dict, method: str) -> dict:
     stored = config["settings"]
     fits = config["method"] == method and not stored["eval"]
     require(fits, f"{folder} is no training run of {method}.py")
-    unread, free = NOW, NOW | MOVED
-    if "eval" in typed:
-        unread, free = NOW | HOW, free | HOW | TESTED
-        other = typed.get("dataset", stored["dataset"]) != stored["dataset"]
-        unread |= {"train_domain", "test_domain", "classes"} if other else set()
-        halves = stored["classes"] == "base" and not other
-        told = f"{folder} was not trained on half of these classes: leave --classes base out"
-        require(halves or typed.get("classes") != "base", told)
+    unread, free = (
+        (NOW | HOW, NOW | HOW | MOVED | TESTED) if "eval" in typed else (NOW, NOW | MOVED)
+    )
     for key in (typed.keys() & stored.keys()) - free:
         same = typed[key] == stored[key] or not begun(folder)
         require(same, f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out")
-    return {key: value for key, value in stored.items() if key not in unread}
+    found = {key: value for key, value in stored.items() if key not in unread}
+    if typed.get("dataset", stored["dataset"]) != stored["dataset"]:  # its classes are all new
+        found |= {"train_domain": None, "test_domain": None, "classes": "all"}
+    halves = found["classes"] == "base" or typed.get("classes") != "base"
+    require(halves, f"{folder} was not trained on half of these classes: leave --classes base out")
+    return found
 
 
 def read_run(folder: str | Path) -> dict:
@@ -758,10 +758,11 @@ def read_run(folder: str | Path) -> dict:
     config = read_json(path)
     settings = config.get("settings")
     known = {"method", "weights", "classnames", "template", "root", "train", "tests"}
-    missing = (known - config.keys()) | (DEFAULTS.keys() - (settings or {}))
-    require(
-        not missing, f"{path} is of another program or version: it lacks {min(missing, default='')}"
+    missing = known - config.keys() or DEFAULTS.keys() - (
+        settings if isinstance(settings, dict) else {}
     )
+    what = min(missing, default="")
+    require(not missing, f"{path} is of another program or version: it lacks {what!r}")
     return config
 
 
@@ -931,10 +932,9 @@ def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> 
         fresh = left if not args.views else max(0, min(left, args.views - 1))
         seconds = left * training + (args.augment != "none") * fresh * encoding
         if epoch == first and seconds > 120:
-            shorter = "fewer --epochs" + ", --views 10 or --augment none" * (
-                fresh * encoding > training
-            )
-            print(f"about {seconds / 60:.0f} minutes to go; less by {shorter}", file=sys.stderr)
+            cached = ", --views 10" if fresh and not args.views else ""
+            advice = f"less with fewer --epochs{cached}, --augment none"
+            print(f"about {seconds / 60:.0f} minutes to go; {advice}", file=sys.stderr)
 
 
 def end_epoch(
@@ -1001,6 +1001,7 @@ def write_result(
             of_image = outcomes(logits, frozen.labels)
             kept |= {f"{kind}_{key}": value for key, value in of_image.items()}
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
+        arrays[f"{i}/classnames"] = np.array(test.classnames)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
