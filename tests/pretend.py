@@ -1,36 +1,91 @@
 """A GPU on a machine that has none: `with pretended() as reads: prograd.main([..])`.
 
 A tensor "on cuda" is here a CPU tensor that says it is elsewhere. What mixes the two places fails
-as on a GPU, and each time that the host would have to wait for the device is counted by line in
-`reads`; values are the CPU's. Not seen: kernels that a GPU lacks, its rounding, memory, speed,
-streams, autocast, pinned memory, worker processes.
+as on a GPU, and each time that the host would wait for the device is counted by line in `reads`;
+values are the CPU's. Not seen: kernels that a GPU lacks, its rounding, memory, speed, streams,
+autocast, pinned memory, worker processes.
 """
 
 import collections
 import contextlib
-import sys
+import traceback
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-CUDA, META = torch.device("cuda", 0), torch.device("meta")
-COPIES = ("_to_copy", "copy_")
+META = torch.device("meta")
 NUMBERS = ("_local_scalar_dense", "equal", "is_nonzero")  # what they return is no tensor
-SIZES = ("nonzero", "masked_select", "_unique2", "unique_dim", "bincount")  # of what they return
+READS = (*NUMBERS, "nonzero", "masked_select", "_unique2", "unique_dim", "bincount")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
-REPO = str(Path(__file__).resolve().parent.parent)
+REPO = Path(__file__).resolve().parent.parent
 reads = collections.Counter()
 
 
+def operate(_, function, types, args=(), kwargs=None):
+    """Any operation: the CPU's on what the tensors hold, if a GPU would do it, too."""
+    if function is torch.ops.prim.device.default:
+        return META if isinstance(args[0], OnCuda) else args[0].device
+    name, kwargs, tensors = function._schema.name.split("::")[1], dict(kwargs or {}), []
+    each(tensors.append, [args, kwargs])
+    there = [t for t in tensors if isinstance(t, OnCuda)]
+    here = [t for t in tensors if not isinstance(t, OnCuda)]
+    assert all(t.device.type == "cpu" for t in here), f"{function} of a tensor that holds nothing"
+    goes_there = isinstance(args[0], OnCuda) if name == "copy_" else bool(there)
+    if kwargs.get("device") is not None:
+        goes_there = torch.device(kwargs["device"]).type != "cpu"
+        kwargs["device"] = torch.device("cpu")
+    if name in ("is_pinned", "_pin_memory"):
+        return False if name == "is_pinned" else args[0]
+    if name in ("copy_", "_to_copy"):
+        if there and not goes_there:
+            count("copied to the CPU")
+        elif here and goes_there and not (kwargs.get("non_blocking") or args[2:]):
+            count("copied from the CPU, waiting")
+    elif there:
+        here = [t for t in here if t.dim()]  # a number may be of the CPU
+        if name in READS or (name in INDEXING and here):
+            count(name)
+        if name in INDEXING and isinstance(args[0], OnCuda):  # an index is copied over, no values
+            here = [t for t in here if t.is_floating_point()]
+        if here and not name.startswith(("_fused_", "_foreach_")):  # an optimiser's count of steps
+            raise RuntimeError(f"Expected all tensors to be on the same device: {function}")
+    args, kwargs = each(lambda t: t.held if isinstance(t, OnCuda) else t, [args, kwargs])
+    result = function(*args, **kwargs)
+    given = {id(t.held): t for t in there}  # an operation in place returns what it was given
+    new = lambda t: given[id(t)] if id(t) in given else OnCuda(t)  # noqa: E731
+    return each(new, result) if goes_there and name not in NUMBERS else result
+
+
+def each(change, value):
+    """`value` with every tensor in it changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(each(change, v) for v in value)
+    return {k: each(change, v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def count(what: str) -> None:
+    """Count a wait, by the innermost line of the project."""
+    for frame, line in traceback.walk_stack(None):
+        path = Path(frame.f_code.co_filename)
+        if REPO in path.parents and "site-packages" not in path.parts and path.name != "pretend.py":
+            reads[f"{path.name}:{line} {what}"] += 1
+            return
+
+
 class OnCuda(torch.Tensor):
-    """`held` has the values. C++ takes this one for a tensor on "meta", so that it looks for no
-    driver; Python for one on cuda:0."""
+    """`held` has the values. To C++ it is on "meta", which needs no driver; to Python on cuda."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_dispatch__ = classmethod(operate)
+    device = property(lambda self: torch.device("cuda", 0))
+    is_cuda = property(lambda self: True)
+    tolist = lambda self: self.cpu().tolist()  # noqa: E731
+    __format__ = lambda self, how: format(self.item(), how)  # noqa: E731
 
     @staticmethod
     def __new__(cls, held):
@@ -39,110 +94,10 @@ class OnCuda(torch.Tensor):
         self.held = held
         return self
 
-    device = property(lambda self: CUDA)
-    is_cuda = property(lambda self: True)
-
-    def tolist(self):
-        count("tolist")
-        return self.held.tolist()
-
-    def __format__(self, how):
-        return format(self.item(), how)
-
-    def numpy(self, **_):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy: use Tensor.cpu() first")
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return dispatch(function, args, kwargs or {})
-
-
-def count(what: str) -> None:
-    """Count a wait, by the innermost line of the project."""
-    frame = sys._getframe()
-    while frame.f_back:
-        path = frame.f_code.co_filename
-        if path.startswith(REPO) and path != __file__ and "site-packages" not in path:
-            break
-        frame = frame.f_back
-    reads[f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {what}"] += 1
-
-
-def dispatch(function, args, kwargs):
-    """Every operation: the CPU's on what the tensors hold, where a GPU would do it, too."""
-    if function is torch.ops.prim.device.default:
-        return META if isinstance(args[0], OnCuda) else args[0].device
-    name = function._schema.name.split("::")[1]
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    there = [t for t in tensors if isinstance(t, OnCuda)]
-    here = [t for t in tensors if not isinstance(t, OnCuda)]
-    assert all(t.device.type == "cpu" for t in here), f"{function} of a tensor that holds nothing"
-    goes_there = bool(there)
-    if kwargs.get("device") is not None:
-        goes_there = torch.device(kwargs["device"]).type != "cpu"
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    if kwargs.get("pin_memory"):
-        kwargs = kwargs | {"pin_memory": False}
-    if name == "copy_":
-        goes_there = isinstance(args[0], OnCuda)
-    if name in COPIES:
-        waits = not kwargs.get("non_blocking") and not args[2:]
-        if there and not goes_there:
-            count("copied to the CPU")
-        elif here and goes_there and waits:
-            count("copied from the CPU, waiting")
-    elif there:
-        check_places(function, name, args, [t for t in here if t.dim()])
-    if name in ("is_pinned", "_pin_memory"):
-        return False if name == "is_pinned" else args[0]
-    held = tree_map(lambda t: t.held if isinstance(t, OnCuda) else t, (list(args), kwargs))
-    result = function(*held[0], **held[1])
-    if name in NUMBERS or not goes_there:
-        return result
-    given = {id(t.held): t for t in there}  # an operation in place returns what it was given
-
-    def dress(t):
-        if not isinstance(t, torch.Tensor):
-            return t
-        return given[id(t)] if id(t) in given else OnCuda(t)
-
-    return tree_map(dress, result)
-
-
-def check_places(function, name: str, args, here: list) -> None:
-    """Count what waits, and RuntimeError for an operation that also reads tensors of the CPU.
-    (Numbers may come from there; and an index is copied over.)"""
-    if name in NUMBERS + SIZES:
-        count(name)
-    if here and name in INDEXING and isinstance(args[0], OnCuda):
-        count("index from the CPU")
-        here = [t for t in here if t.is_floating_point()]
-    if here and not name.startswith(("_fused_", "_foreach_")):  # an optimiser's count of steps
-        raise RuntimeError(f"Expected all tensors to be on the same device: {function}, of the CPU "
-                           f"{[tuple(t.shape) for t in here]}")  # fmt: skip
-
 
 class Operations(TorchDispatchMode):
     _mode_key = torch._C._TorchDispatchModeKey.FAKE  # C++ then makes no CUDA context
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return dispatch(function, args, kwargs or {})
-
-
-class Names(TorchFunctionMode):
-    """Says "meta" to C++ wherever Python says "cuda"."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if function is torch.device or name in ("__get__", "__repr__", "get_device_module"):
-            return function(*args, **kwargs)
-        if name in ("tensor", "as_tensor") and kwargs.get("device") is not None:
-            return function(*args, **kwargs | {"device": None}).to(rename(kwargs["device"]))
-        if function is torch.Tensor.__getitem__:  # of a list C++ makes a tensor that holds nothing
-            where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in where)
-        return function(*map(rename, args), **{key: rename(v) for key, v in kwargs.items()})
+    __torch_dispatch__ = operate
 
 
 def rename(value):
@@ -150,23 +105,37 @@ def rename(value):
     return META if is_device and str(value).split(":")[0] == "cuda" else value
 
 
+class Names(TorchFunctionMode):
+    """Says "meta" to C++ wherever Python says "cuda"."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if function is torch.device or name in ("__get__", "__repr__", "get_device_module"):
+            return function(*args, **kwargs)
+        device = rename(kwargs.get("device"))
+        if name in ("tensor", "as_tensor") and device is not None:
+            return function(*args, **kwargs | {"device": None}).to(device)
+        if function is torch.Tensor.__getitem__:  # of a list C++ makes a tensor that holds nothing
+            where = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in where)
+        return function(*map(rename, args), **{key: rename(v) for key, v in kwargs.items()})
+
+
 @contextlib.contextmanager
 def pretended():
     """One GPU, as far as Python can tell → the counter of waits."""
     about = mock.Mock(total_memory=8e9, major=8, minor=0)
     said = {"_lazy_init": None, "is_available": True, "device_count": 1, "current_device": 0,
-            "set_device": None, "synchronize": None, "get_device_capability": (8, 0),
-            "get_device_properties": about, "get_device_name": "pretended"}  # fmt: skip
+            "get_device_capability": (8, 0), "get_device_properties": about}  # fmt: skip
+    says = {f"torch.cuda.{name}": lambda *_, a=answer: a for name, answer in said.items()}
+    for name in [name for name in dir(torch.optim.Optimizer) if "graph_capture" in name]:
+        says[f"torch.optim.Optimizer.{name}"] = lambda *_: None
+    says["torch.autocast"] = lambda *_, **__: contextlib.nullcontext()
+    says["torch.__future__._overwrite_module_params_on_conversion"] = True
     reads.clear()
     with contextlib.ExitStack() as stack:
-        for name, answer in said.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, a=answer: a))
-        stack.enter_context(mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()))
-        for check in [name for name in dir(torch.optim.Optimizer) if "graph_capture" in name]:
-            stack.enter_context(mock.patch.object(torch.optim.Optimizer, check, lambda *_: None))
-        overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
+        for name, answer in says.items():
+            stack.enter_context(mock.patch(name, answer))
         stack.enter_context(Operations())
         stack.enter_context(Names())
         yield reads
