@@ -6,16 +6,24 @@ S tokens that hold all class names, L samples.
 """
 
 import argparse
+import ast
+import contextlib
+import copy
 import dataclasses
-import functools
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import logging
 import math
 import os
+import pickle
+import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,10 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import data
-from data import UserError, read_json, require, run, write  # noqa: F401
+from data import UserError, progress, read_json, require, run, write  # noqa: F401
 
 CLIP_FLAGS = ("model", "pretrained", "device", "precision", "memory_gb")
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
@@ -37,6 +44,12 @@ VERSIONS = {
     name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 }
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
+HELD = []  # the locked run folder, as a file that is open
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NOT_FAST = (
+    "this CLIP's text tower is not causal, or not read at a text's end: prompts are encoded whole, "
+    "some 10 to 30 times slower"
+)
 
 
 # 1. CLIP ------------------------------------------------------------------------------------------
@@ -54,24 +67,42 @@ class Clip:
     memory_gb: float = 4.0  # bound on what the text encoder keeps alive
     scale: float = 100.0  # s = exp(logit_scale)
     weights: str = ""  # hash of tensors and activation: which CLIP it is, wherever its file lies
+    start: torch.nn.Module | None = None  # fp32 image encoder, where model's is held in half
+    fast: bool = True  # section 2's fast encoder equals its text tower
+    notes: tuple[str, ...] = ()  # what a run with it should say
 
     @property
     def width(self) -> int:
         """W, of the text transformer."""
         return text_tower(self.model).token_embedding.weight.shape[1]
 
+    @property
+    def embed_dim(self) -> int:
+        """D, of the features of both towers."""
+        projection = text_tower(self.model).text_projection  # a matrix [W, D], or a layer (SigLIP)
+        return getattr(projection, "out_features", None) or projection.shape[1]
+
+
+def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False) -> Clip:
+    """The CLIP that a run's flags name; its notes become the task's."""
+    if args.model == "toyclip":
+        torch.set_num_threads(1)  # so small that a second thread costs time
+    clip = load_clip(**{key: vars(args)[key] for key in CLIP_FLAGS}, tuned=tuned)
+    task.notes += clip.notes
+    return clip
+
 
 def load_clip(
-    model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0
+    model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0, tuned=False
 ) -> Clip:
     """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
 
+    tuned: the image encoder is to be fine-tuned, so that its fp32 weights are kept as `start`.
     UserError for what is unknown, cannot be read, or has not CLIP's kind of text tower.
     """
     # Of hf-hub: and local-dir: open_clip takes configuration, weights and tokenizer together.
     name = model if ":" in model else model.replace("/", "-")
     if name == "toyclip":
-        torch.set_num_threads(1)  # so small that a second thread costs time
         open_clip.add_model_config(TOYCLIP / "toyclip.json")
         pretrained = pretrained or str(TOYCLIP / "weights.safetensors")
     try:
@@ -79,6 +110,10 @@ def load_clip(
         with warnings.catch_warnings(action="ignore"):
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
+    except pickle.UnpicklingError as error:  # torch's advice is to unpickle all the same
+        advice = "save the state_dict alone: torch.save(model.state_dict(), FILE)"
+        told = f"cannot load {model}: its weights file holds more than tensors, or is damaged"
+        raise UserError(f"{told}; {advice}") from error
     except Exception as error:  # open_clip, the hub and torch raise many kinds
         what = " ".join(filter(None, [model, pretrained]))
         raise UserError(f"cannot load {what}: {str(error)[:1000] or repr(error)}") from error
@@ -93,6 +128,9 @@ def load_clip(
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    twin = f"{name}-quickgelu"
+    local = Path(pretrained or "").is_file() and activation(net) == "GELU"
+    note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
     clip = Clip(
         net,
         open_clip.transform.image_transform_v2(cfg, is_train=False),
@@ -101,10 +139,33 @@ def load_clip(
         pretrained or "",
         scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
+        notes=(note,) if local and twin in open_clip.list_models() else (),
     )
-    check_text_tower(clip)
+    takes = hasattr(text_tower(net), "token_embedding")
+    require(takes, f"{name}: its text tower takes no token embeddings, so that nothing is tuned")
+    clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
-    return dataclasses.replace(clip, device=device, precision=precision, memory_gb=memory_gb)
+    return dataclasses.replace(clip, device=device, memory_gb=memory_gb)
+
+
+def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
+    """The CLIP with its frozen towers held in `precision`: what autocast would cast anew in every
+    pass (linear layers, convolutions, attention, projections) is cast once. Every number stays that
+    of autocast over fp32 weights, to the last bit.
+
+    A text tower stays fp32 in fp16, as passes with gradients need it (see autocast), and where
+    open_clip's own code runs it, which casts more.
+    """
+    if precision == "fp32":
+        return clip
+    start = copy.deepcopy(clip.model.visual) if tuned else None
+    tower = clip.model if precision == "bf16" and clip.fast else clip.model.visual
+    open_clip.model.convert_weights_to_lp(tower, HALF[precision])
+    for part in tower.modules():
+        # WHY: on a CPU nn.MultiheadAttention has a path for eval mode that rounds otherwise, which
+        # autocast over fp32 weights does not take. It drops nothing out in either mode.
+        part.training = isinstance(part, torch.nn.MultiheadAttention)
+    return dataclasses.replace(clip, precision=precision, start=start)
 
 
 def build_model(name: str, pretrained: str) -> torch.nn.Module:
@@ -167,15 +228,17 @@ def activation(net: torch.nn.Module) -> str:
 
 
 @torch.no_grad()
-def check_text_tower(clip: Clip) -> None:
-    """What section 2 encodes must equal open_clip's own. SigLIP's and CLIPA's towers fail here."""
+def check_text_tower(clip: Clip) -> Clip:
+    """The clip; where section 2's fast encoder does not equal open_clip's own tower, one that is
+    encoded by `plain`, and says so."""
+    theirs = plain(clip, start_of_text(clip), ["a photo"])[0]
     try:
         ours = prompt_features(clip, ["photo"], "a {}")
-        theirs = clip.model.encode_text(clip.tokenizer(["a photo"]))
-        equal = (ours - theirs).norm() < 1e-3 * theirs.norm()
-    except (AttributeError, TypeError, RuntimeError, ValueError, UserError):
-        equal = False
-    require(equal, f"{clip.name} has no text tower like CLIP's: causal, and read at the text's end")
+        if (ours - theirs).norm() < 1e-3 * theirs.norm():
+            return clip
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        pass
+    return dataclasses.replace(clip, fast=False, notes=(*clip.notes, NOT_FAST))
 
 
 def text_tower(model: torch.nn.Module) -> torch.nn.Module:
@@ -188,12 +251,14 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
 
     WHY not fp16 where a prompt needs gradients: they underflow. That pass then runs in fp32.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(clip.precision)
+    dtype = HALF.get(clip.precision)
     enabled = dtype == torch.bfloat16 or (dtype == torch.float16 and not gradients)
     return torch.autocast(torch.device(clip.device).type, dtype, enabled=enabled)
 
 
 # 2. TEXT: many names behind one prefix. The heart of the project's speed --------------------------
+# To paste it elsewhere take along: the imports; ROW_LENGTH, HALF; Clip, text_tower, autocast of
+# section 1; require, UserError of data.py. tests/test_text.py does so.
 @dataclasses.dataclass
 class Names:
     """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
@@ -204,14 +269,16 @@ class Names:
 
     rows: Tensor  # [R, S, W] token + position embeddings
     mask: Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
-    eot: Tensor  # [R, K] where in a row, prefix included, its k-th text ends
-    slot: Tensor  # [C] which of the R · K texts is class c's
-    free: Tensor  # [C · own] places of the R · S that are kept free for a class's own context
+    ends: Tensor  # [R, K] where in a row, prefix included, its k-th text ends
+    which: Tensor  # [C] which of the R · K ends is class c's
+    own: Tensor  # [C · own] which of the R · S places are for the classes' own contexts
 
 
 def token_ids(clip: Clip, text: str, room: int) -> list[int]:
     """BPE ids of `text` and EOT. UserError for more than `room`, or a word toyclip never saw."""
-    ids = [*clip.tokenizer.encode(text.replace("_", " ")), clip.tokenizer.eot_token_id]
+    bpe = clip.tokenizer
+    encode = getattr(bpe, "encode", None) or partial(bpe.tokenizer.encode, add_special_tokens=False)
+    ids = [*encode(text.replace("_", " ")), getattr(bpe, "eot_token_id", 0)]
     require(
         len(ids) <= room,
         f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or the context",
@@ -226,70 +293,83 @@ def token_ids(clip: Clip, text: str, room: int) -> list[int]:
 def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
     """Tokenise texts that stand behind a prefix of `before` tokens (SOS, a context) and end in EOT.
 
-    `own`: so many free places begin each text. WHY rows of about 128 tokens: a text takes a handful
-    of tokens, not the context length. Rows of one length need one mask and no special kernel;
-    shorter rows repeat the prefix more often, longer ones compare more tokens that are masked.
+    `own`: each text begins with so many places for its class's own context. WHY rows of about 128
+    tokens: a text takes a handful of tokens, not the context length. Rows of one length need one
+    mask and no special kernel; shorter rows repeat the prefix more often, longer ones compare more
+    tokens that are masked.
     """
     tower = text_tower(clip.model)
-    table, position = tower.token_embedding.weight, tower.positional_embedding
-    # -1: a place that is kept free.
-    ids = [[-1] * own + token_ids(clip, text, len(position) - before - own) for text in texts]
-    size = torch.tensor([len(text) for text in ids])  # [C]
-    start = size.cumsum(0) - size
+    table, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
+    ids = [token_ids(clip, text, len(position) - before - own) for text in texts]
+    size = torch.tensor([own + len(text) for text in ids])  # [C]
+    last = size.cumsum(0) - 1  # [C] the last token of each text, of all tokens in order
     n_rows = math.ceil(int(size.sum()) / max(1, ROW_LENGTH - before))
-    row = start * n_rows // size.sum()  # [C] every row gets an equal share of all tokens
+    text_row = (last + 1 - size) * n_rows // size.sum()  # [C] rows get equal shares of all tokens
 
-    # Of every token: what it is, whose it is, and its place in the prompt.
-    token = torch.tensor(sum(ids, []))
-    whose = torch.arange(len(ids)).repeat_interleave(size)
-    place = before + torch.arange(len(token)) - start[whose]
-    x = table[token.clamp(min=0)] * (token >= 0)[:, None].to(table) + position[place]
-    rows = side_by_side(x.detach(), row[whose], 0)  # [R, S, W]
-    whose = side_by_side(whose, row[whose], -1)  # [R, S]
-    at = (whose >= 0).flatten().nonzero()[:, 0]  # of every token: which of the R · S it is now
-    end = at[start + size - 1] % whose.shape[1]  # [C] where in its row a text ends
-    eot = side_by_side(before + end, row, -1)  # [R, K], -1 where a row has fewer texts
+    # Of every token: its text, its place in the text, its row, its place in the row.
+    text = torch.arange(len(ids)).repeat_interleave(size)
+    place, row = number_within(text), text_row[text]
+    column = number_within(row)
+    x = position[before + place]
+    x[place >= own] += table[torch.tensor(sum(ids, []))]
+    rows = x.new_zeros(n_rows, int(column.max()) + 1, x.shape[1])
+    rows[row, column] = x
+    text_of = torch.full(rows.shape[:2], len(ids))  # [R, S]; where a row has no token: none's
+    text_of[row, column] = text
+    number = number_within(text_row)  # [C] of each text in its row
+    ends = torch.zeros(n_rows, int(number.max()) + 1, dtype=torch.long)
+    ends[text_row, number] = before + column[last]
     return Names(
         rows=rows,
-        mask=attention_mask(whose, before).to(table),
-        eot=eot.clamp(min=0).to(table.device),
-        slot=(eot >= 0).flatten().nonzero()[:, 0].to(table.device),
-        free=at[token < 0].to(table.device),
+        mask=attention_mask(text_of, before).to(table),
+        ends=ends.to(table.device),
+        which=(text_row * ends.shape[1] + number).to(table.device),
+        own=(row * rows.shape[1] + column)[place < own].to(table.device),
     )
 
 
-def side_by_side(values: Tensor, row: Tensor, padding: int) -> Tensor:
-    """Values in the order of their rows → [R, the longest row, ..]; shorter rows are padded."""
-    parts = values.split(row.bincount().tolist())
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
+def number_within(group: Tensor) -> Tensor:
+    """Of each element its number within its group; group [n] never falls.
+
+    >>> number_within(torch.tensor([0, 0, 0, 1, 1, 2]))
+    tensor([0, 1, 2, 0, 1, 0])
+    """
+    size = group.bincount()
+    return torch.arange(len(group)) - (size.cumsum(0) - size)[group]
 
 
-def attention_mask(whose: Tensor, before: int) -> Tensor:
-    """A token sees the prefix and its own text, up to itself. whose [R, S]: which text a token is
+def attention_mask(text_of: Tensor, before: int) -> Tensor:
+    """A token sees the prefix and its own text, up to itself. text_of [R, S]: which text a token is
     of → [R, 1, P + S, P + S], 0 or -inf."""
-    whose = F.pad(whose, (before, 0), value=-2)  # -2: the prefix
-    sees = (whose[:, :, None] == whose[:, None]) | (whose[:, None] == -2)
-    return torch.zeros(sees.shape).masked_fill(~sees.tril(), -math.inf)[:, None]
+    same = text_of[:, :, None] == text_of[:, None]
+    sees = F.pad(same, (before, 0, before, 0), value=True).tril()
+    return torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
 
 
-def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names:
+def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names | list[str]:
     """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
 
-    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept free.
+    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
+    it. Where the fast encoder cannot be used, these are the texts as they are.
     """
-    return pack(clip, [f"{name}." for name in classnames], 1 + n_ctx, own)
+    texts = [f"{name}." for name in classnames]
+    require(clip.fast or not own, f"{clip.name} is encoded whole (see its note): no --csc")
+    return pack(clip, texts, 1 + n_ctx, own) if clip.fast else texts
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
     """The embeddings of a text's tokens, [k, W], without SOS and EOT."""
-    ids = token_ids(clip, words, len(text_tower(clip.model).positional_embedding))[:-1]
-    return text_tower(clip.model).token_embedding.weight[ids].detach()
+    tower = text_tower(clip.model)
+    ids = token_ids(clip, words, len(tower.positional_embedding))[:-1]
+    return tower.token_embedding.weight[ids].detach()
 
 
 def start_of_text(clip: Clip) -> Tensor:
-    """The SOS embedding, [1, 1, W]."""
-    sos = clip.tokenizer.sot_token_id
-    return text_tower(clip.model).token_embedding.weight[None, sos : sos + 1].detach()
+    """The embedding of SOS, [1, 1, W]; of a tokenizer that has none (SigLIP's) [1, 0, W]."""
+    tokenizer = getattr(clip.tokenizer, "tokenizer", None)  # Hugging Face's, in open_clip's
+    sos = tokenizer.cls_token_id if tokenizer else clip.tokenizer.sot_token_id
+    table = text_tower(clip.model).token_embedding.weight.detach()
+    return table[None, :0] if sos is None else table[None, sos : sos + 1]
 
 
 @torch.no_grad()
@@ -297,7 +377,8 @@ def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
     """Text features [C, D] of a hand-written prompt, unnormalised."""
     texts = [template.replace("{}", name) for name in classnames]
     with autocast(clip):
-        return encode_prompts(clip, start_of_text(clip), pack(clip, texts))[0]
+        names = pack(clip, texts) if clip.fast else texts
+        return encode_prompts(clip, start_of_text(clip), names)[0]
 
 
 def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
@@ -306,48 +387,56 @@ def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]
     return F.normalize(torch.stack(rows).mean(dim=0), dim=-1)
 
 
-def encode_prompts(clip: Clip, prefix: Tensor, names: Names) -> Tensor:
+def encode_prompts(clip: Clip, prefix: Tensor, names: Names | list[str]) -> Tensor:
     """Text features of every class under every prefix: prefix [G, P, W] → [G, C, D], unnormalised.
 
-    Equals sending each whole prompt [prefix, name, padding] through the tower, for CLIP's text
-    attention is causal: (1) what stands after a class's EOT cannot influence it, so it is left out;
-    (2) the prefix never sees the names, so that many names can stand behind one copy of it.
-    Work: R · (P + S) tokens a prefix, not C · context length. Differentiable in prefix and names.
-    The names must have been packed for a prefix of P tokens.
+    Equals `plain`, for CLIP's text attention is causal: (1) what stands after a class's EOT cannot
+    influence it, so it is left out; (2) the prefix never sees the names, so that many names can
+    stand behind one copy of it. Work: R · (P + S) tokens a prefix, not C · context length.
+    Differentiable in prefix and names. UserError for names that were packed for another P.
     """
+    if not isinstance(names, Names):
+        return plain(clip, prefix, names)
     tower = text_tower(clip.model)
-    G, P, W = prefix.shape
-    R, S, _ = names.rows.shape
-    # Pieces of rows and prefixes bound what is alive; for gradients they are computed again in the
-    # backward pass. A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
-    gradients = torch.is_grad_enabled() and (prefix.requires_grad or names.rows.requires_grad)
-    floats = 35 * len(tower.transformer.resblocks) if gradients else 40
-    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))  # rows that fit
-    twice = functools.partial(
-        checkpoint, encode_rows, use_reentrant=False, preserve_rng_state=False
-    )
-    encode = twice if gradients and G * R > alive else encode_rows
-    pieces = list(zip(names.rows.split(alive), names.mask.split(alive), names.eot.split(alive)))
+    P, packed = prefix.shape[1], names.mask.shape[-1] - names.rows.shape[1]
+    require(P == packed, f"a prefix of {P} tokens: these names were packed for one of {packed}")
+    encode, alive = bounded(clip, encode_rows, prefix, names.rows)
+    pieces = list(zip(names.rows.split(alive), names.mask.split(alive), names.ends.split(alive)))
     parts = []  # [g, R, K, W] each
-    for some in prefix.split(max(1, alive // R)):
+    for some in prefix.split(max(1, alive // len(names.rows))):
         parts.append(torch.cat([encode(tower, some, *piece) for piece in pieces], dim=1))
-    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.slot)  # [G, C, W]
+    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.which)  # [G, C, W]
     return (ends @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
 
 
-def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
+def bounded(clip: Clip, encode: Callable, prefix: Tensor, rows: Tensor) -> tuple[Callable, int]:
+    """How many rows, each behind a prefix, may be alive at a time (clip.memory_gb), and `encode`;
+    where that is not all, and gradients are needed, it computes again in the backward pass."""
+    G, P, W = prefix.shape
+    R, S, _ = rows.shape
+    # A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
+    gradients = torch.is_grad_enabled() and (prefix.requires_grad or rows.requires_grad)
+    floats = 35 * len(text_tower(clip.model).transformer.resblocks) if gradients else 40
+    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))
+    twice = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+    return twice if gradients and G * R > alive else encode, alive
+
+
+def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
     """Each of r rows behind each of g prefixes through the transformer → what stands where the
-    texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], eot [r, K]."""
+    texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], ends [r, K].
+    """
     g, P, W = prefix.shape
     start = (prefix + tower.positional_embedding[:P])[:, None].expand(-1, len(rows), -1, -1)
     x = torch.cat([start, rows.expand(g, -1, -1, -1)], dim=2).flatten(0, 1)  # [g·r, P + S, W]
     mask = mask.expand(g, *mask.shape).flatten(0, 1)
-    ends = eot.expand(g, *eot.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
+    ends = ends.expand(g, *ends.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
     for block in tower.transformer.resblocks:
         attend = block.attn
         qkv = F.linear(block.ln_1(x), attend.in_proj_weight, attend.in_proj_bias)
         # q, k, v: [g·r, heads, P + S, W / heads] each
         q, k, v = qkv.unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = mask.to(q.dtype)  # autocast would cast it in every layer
         mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if block is tower.transformer.resblocks[-1]:  # of the last layer only the ends are read
             x, mixed = x.gather(1, ends), mixed.gather(1, ends)
@@ -355,6 +444,26 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
         x = x + block.ls_1(attend.out_proj(mixed))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return tower.ln_final(x).unflatten(0, (g, -1))
+
+
+def plain(clip: Clip, prefix: Tensor, texts: list[str]) -> Tensor:
+    """What encode_prompts equals: every whole prompt [prefix, text, padding] through open_clip's
+    own tower, its token embeddings exchanged. prefix [G, P, W] → [G, C, D], unnormalised. It serves
+    towers that are not causal, too."""
+    P = prefix.shape[1]
+    filler = "X " * (P - start_of_text(clip).shape[1])  # tokens that the context takes the place of
+    ids = clip.tokenizer([filler + text.replace("_", " ") for text in texts]).to(prefix.device)
+
+    def encode(one: Tensor, ids: Tensor) -> Tensor:
+        put = lambda module, given, x: torch.cat([one.expand(len(x), -1, -1), x[:, P:]], 1)  # noqa: E731
+        hook = text_tower(clip.model).token_embedding.register_forward_hook(put)
+        features = clip.model.encode_text(ids, normalize=False)
+        hook.remove()
+        return features
+
+    encode, alive = bounded(clip, encode, prefix, ids[..., None])
+    parts = [encode(one, some) for one in prefix for some in ids.split(alive)]
+    return torch.cat(parts).unflatten(0, (len(prefix), -1)).to(prefix.dtype)
 
 
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
@@ -365,38 +474,45 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     """
     labels = torch.tensor([label for _, label in items], device=clip.device)
     cache = cache and args.cache_dir != "none"
-    if cache:
-        path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
+    path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
     if cache and path.exists():
-        return safetensors.torch.load_file(path, device=clip.device)["features"], labels
+        with contextlib.suppress(Exception):  # after a full disk or a kill
+            return safetensors.torch.load_file(path, device=clip.device)["features"], labels
+        print(f"note: {path} is damaged: its images are encoded again")
     images = data.ImageSet(items, transform, args.seed)
     each = torch.arange(len(items)) + view * len(items)
-    loader = data.image_loader(images, [batch.tolist() for batch in each.split(256)], args)
-    try:
-        with torch.no_grad(), autocast(clip):
-            rows = [
-                clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
-                for batch, _, _ in tqdm(loader, "encode images", leave=False, disable=None)
-            ]
-    except UserError as error:
-        bad = data.bad_images(items) or [str(error)]
-        raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
+    lists = [batch.tolist() for batch in each.split(256)]
+    with torch.no_grad(), autocast(clip):
+        rows = [
+            clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
+            for batch, _, _ in data.load_images(images, lists, args, "encode images")
+        ]
     features = torch.cat(rows)
-    if cache:
-        write(path, safetensors.torch.save({"features": features.cpu()}))
+    try:
+        if cache:
+            write(path, safetensors.torch.save({"features": features.cpu()}))
+    except OSError as error:
+        advice = "name another --cache-dir, or none"
+        raise OSError(error.errno, f"{error.strerror}: {advice}", str(path)) from error
     return features, labels
 
 
 def feature_key(clip: Clip, items: list, transform: Callable, seed: int, view: int) -> str:
     """A file name: hash of all that decides features (model, weights, precision, device, versions,
-    transform, draw, and of each file what an exchanged one cannot keep: inode, time of change)."""
+    code, transform, draw, and of each file what an exchanged one cannot keep: inode, time of
+    change)."""
     draw = [seed, view] if transform is not clip.preprocess else []  # the test transform draws none
-    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (data, data.world)]
+    code = [ast.unparse(ast.parse(inspect.getsource(part))) for part in FEATURE_CODE]  # no comments
     files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are no files
     states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
-    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, draw,
-             repr(transform), code, [path for path, _ in items], states]  # fmt: skip
+    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, version("timm"),
+             draw, repr(transform), code, [path for path, _ in items], states]  # fmt: skip
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
+
+
+# What makes a feature of an image's address.
+FEATURE_CODE = (encode_images, autocast, in_precision, data.world, data.read_image, data.ImageSet,
+                data.train_transform, data.draw_seed)  # fmt: skip
 
 
 def training_views(args: argparse.Namespace, clip: Clip, items: list[data.Item]) -> Callable:
@@ -405,7 +521,7 @@ def training_views(args: argparse.Namespace, clip: Clip, items: list[data.Item])
     transform = data.train_transform(clip.preprocess, args.augment)
     views = 1 if args.augment == "none" else args.views
 
-    @functools.lru_cache(maxsize=views)
+    @lru_cache(maxsize=views)
     def encode(view: int):
         x, labels = encode_images(clip, items, transform, args, view, cache=views > 0)
         return F.normalize(x, dim=-1), labels
@@ -435,6 +551,15 @@ def encode_tests(args: argparse.Namespace, clip: Clip, tests: list[data.Test]) -
 
 
 # 4. NUMBERS ---------------------------------------------------------------------------------------
+def outcomes(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """logits [N, C], labels [N] → of every image [N] the predicted class, its probability
+    ("confidence"), and the label's negative log-probability ("nll", nats)."""
+    log_prob = logits.log_softmax(dim=-1)
+    confidence, predicted = log_prob.exp().max(dim=-1)
+    nll = F.nll_loss(log_prob, labels, reduction="none")
+    return {"predicted": predicted, "confidence": confidence, "nll": nll}
+
+
 def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """logits [N, C] (or log-probabilities), labels [N] → accuracy (%), mean_class_accuracy (%, mean
     of the accuracies of the classes that occur), nll (nats), ece (expected calibration error, 15
@@ -445,14 +570,13 @@ def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     >>> {key: round(value, 2) for key, value in found.items()}
     {'accuracy': 75.0, 'mean_class_accuracy': 75.0, 'nll': 0.63, 'ece': 13.08}
     """
-    log_prob = logits.log_softmax(dim=-1)
-    confidence, predicted = log_prob.exp().max(dim=-1)
+    predicted, confidence, nlls = outcomes(logits, labels).values()
     right = (predicted == labels).to(confidence)
     count = labels.bincount(minlength=logits.shape[1])
     per_class = labels.bincount(right, len(count)) / count  # 0 / 0 where there is no image
     bins = (confidence * 15).long().clamp(0, 14)  # bin b holds confidences in [b/15, (b+1)/15)
     gaps = bins.bincount(right - confidence, 15)  # of each bin the sum of both
-    nll = F.nll_loss(log_prob, labels).item()
+    nll = nlls.mean().item()
     if not math.isfinite(nll):
         raise FloatingPointError("predictions are not finite: try --precision fp32, a lower --lr")
     return {
@@ -476,6 +600,15 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
     [1e-05, 0.002, 0.00171, 0.001]
     """
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
+def warmup_notes(args: argparse.Namespace) -> list[str]:
+    """Where warmup_cosine does what nobody means."""
+    notes = {
+        "--epochs 1 is the warm-up's: its rate is 1e-5 throughout": args.epochs == 1,
+        "--lr is less than the first epoch's rate, 1e-5": args.lr < 1e-5,
+    }
+    return [note for note, holds in notes.items() if holds and not args.eval]
 
 
 # 5. RUNS: flags, the run folder, results ----------------------------------------------------------
@@ -505,7 +638,8 @@ FLAGS = {
                      "help": "go on with this run folder, or begin it [no]"},
         "--eval": {"type": os.path.expanduser, "metavar": "RUN",
                    "help": "evaluate this run on what the data flags say [no]"},
-        "--compare": {"action": argparse.BooleanOptionalAction, "help": "plain baseline, too"},
+        "--compare": {"action": argparse.BooleanOptionalAction,
+                      "help": "train the plain method, too, and show it beside"},
         "--device": {"help": "cpu, cuda, cuda:1"},
         "--workers": {"type": int, "metavar": "K", "help": "processes that decode images"},
         "--cache-dir": {"type": os.path.expanduser, "metavar": "DIR",
@@ -521,20 +655,19 @@ DEFAULTS = {
 # What numbers can be; of other flags 0 or more.
 RANGES = {
     **dict.fromkeys(["momentum", "warmup", "ensemble", "wise_ft"], (0, 1)),
-    **dict.fromkeys(["epochs", "batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9)),
+    **dict.fromkeys(["batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9)),
     **dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_factor"], (1e-9, 1e9)),
     "betas": (0, 0.999999),
 }
-# How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
-# with --eval, "trained". Once anything is trained a typed value must agree, but for "moved" and,
-# with --eval, "tested".
-EARLIER = {
-    "anew": {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"},
-    "trained": {"memory_gb", "precision", "compare", "eval_every"},
-    "moved": {"data_root", "pretrained", "memory_gb"},
-    "tested": {"dataset", "shots", "seed", "classes", "test_on", "test_part", "template",
-               "train_domain", "test_domain", "ensemble", "wise_ft"},
-}
+# Settings of an earlier run. NOW is said by every command for itself. --resume and --eval take the
+# rest from the run, --eval without HOW. Once anything is trained, a typed value that differs is
+# refused, but for MOVED and, with --eval, what it is TESTED on.
+NOW = {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"}
+HOW = {"memory_gb", "precision", "compare", "eval_every"}
+MOVED = {"data_root", "pretrained", "memory_gb"}
+TESTED = {"dataset", "classes", "test_on", "test_part", "template", "train_domain", "test_domain",
+          "ensemble", "wise_ft"}
+TRAINING = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
 # fmt: on
 
 
@@ -566,6 +699,8 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used."""
     typed = vars(parser.parse_args(argv))
+    alone = method == "proreg" or not several_processes()
+    require(alone, f"{method}.py runs in one process: start it by python, one run for each GPU")
     twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
     require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
     stored = inherited(typed, method)
@@ -593,7 +728,7 @@ def inherited(typed: dict, method: str) -> dict:
     folder = typed.get("resume", typed.get("eval"))
     begins = "resume" in typed and not Path(folder, "config.json").exists()
     require(
-        not begins or typed.keys() - EARLIER["anew"],
+        not begins or "dataset" in typed,
         f"there is no run {folder}; to begin it say on which --dataset",
     )
     if begins or folder is None:
@@ -602,10 +737,14 @@ def inherited(typed: dict, method: str) -> dict:
     stored = config["settings"]
     fits = config["method"] == method and not stored["eval"]
     require(fits, f"{folder} is no training run of {method}.py")
-    unread = EARLIER["anew"] | (EARLIER["trained"] if "eval" in typed else set())
-    if typed.get("dataset", stored["dataset"]) != stored["dataset"]:
-        unread |= {"train_domain", "test_domain"}
-    free = unread | EARLIER["moved"] | (EARLIER["tested"] if "eval" in typed else set())
+    unread, free = NOW, NOW | MOVED
+    if "eval" in typed:
+        unread, free = NOW | HOW, free | HOW | TESTED
+        other = typed.get("dataset", stored["dataset"]) != stored["dataset"]
+        unread |= {"train_domain", "test_domain", "classes"} if other else set()
+        halves = stored["classes"] == "base" and not other
+        told = f"{folder} was not trained on half of these classes: leave --classes base out"
+        require(halves or typed.get("classes") != "base", told)
     for key in (typed.keys() & stored.keys()) - free:
         same = typed[key] == stored[key] or not begun(folder)
         require(same, f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out")
@@ -616,16 +755,29 @@ def read_run(folder: str | Path) -> dict:
     """config.json of a run folder: its settings, class names, training images."""
     path = Path(folder, "config.json")
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
-    return read_json(path)
+    config = read_json(path)
+    settings = config.get("settings")
+    known = {"method", "weights", "classnames", "template", "root", "train", "tests"}
+    missing = (known - config.keys()) | (DEFAULTS.keys() - (settings or {}))
+    require(
+        not missing, f"{path} is of another program or version: it lacks {min(missing, default='')}"
+    )
+    return config
 
 
-def begun(folder: str | Path | None) -> bool:
-    """Whether anything was trained in this run folder, or in its baseline's."""
-    return folder is not None and any(Path(folder).rglob("checkpoint.safetensors"))
+def begun(folder: str | Path) -> bool:
+    """Whether anything was trained or measured in this run folder, or in its baseline's."""
+    files = ("checkpoint.safetensors", "baseline/checkpoint.safetensors", "result.json")
+    return any(Path(folder, file).exists() for file in files)
 
 
 def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
+
+
+def several_processes() -> bool:
+    """Whether torchrun started this process beside others."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def settle_device(args: argparse.Namespace) -> None:
@@ -646,10 +798,13 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     """Make or find the run folder, write config.json, print what is done on what."""
     config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
               "classnames": task.classnames, "template": task.template, "split": task.split,
-              "root": os.path.abspath(task.root), "train": task.lines}  # fmt: skip
+              "root": os.path.abspath(task.root), "train": task.lines,
+              "tests": [test.images for test in task.tests]}  # fmt: skip
     earlier = args.eval or args.resume
-    if begun(earlier):
-        compare_runs(read_run(earlier), config, task, earlier)
+    if earlier and begun(earlier):
+        compare_runs(read_run(earlier), config, earlier)
+    if args.eval and not Path(args.eval, "result.json").exists():
+        task.notes.append(f"{args.eval} has not finished training")
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
@@ -662,40 +817,59 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
         f"data: {f'trained in {args.eval}' if args.eval else trained}; test: {tested}",
         *(f"note: {note}" for note in notes),
         sep="\n",
+        flush=True,
     )
     return out
 
 
-def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
-    """config.json of a run, and what is there now. A run goes on with the classes and images that
-    it began with, or not at all; an evaluation notes test images that were trained on."""
+def compare_runs(old: dict, new: dict, folder: str) -> None:
+    """config.json of a run, and what is there now: a run goes on with the CLIP, classes and images
+    that it began with, or not at all. For an evaluation only the CLIP matters."""
     same = old["weights"] == new["weights"]
     require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
     if new["settings"]["eval"]:
-        finished = Path(folder, "result.json").exists()
-        task.notes += [] if finished else [f"{folder} has not finished training"]
-        seen = data.trained_on(task, old)
-        task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
         return
     was, now = (config["classnames"] + config["train"] for config in (old, new))
     changed = [*map(repr, sorted(set(was) ^ set(now))), "their order"][0]
     text = f"{folder} was begun with other classes or training images (see {changed})"
     require(was == now, f"{text}: restore them, or train in another folder")
+    require(
+        old["tests"] == new["tests"],
+        f"{folder} was begun with other test images: restore them, or train in another folder",
+    )
 
 
-def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
-    """The run's folder. Runs that start at the same moment get different ones: mkdir decides."""
-    taken = args.out_dir and Path(args.out_dir, "config.json").exists()
-    require(not taken, f"{args.out_dir} holds a run: name another --out-dir, or --resume it")
-    if args.resume or args.out_dir:
-        return Path(args.resume or args.out_dir)
+def claim_folder(args: argparse.Namespace) -> Path:
+    """The run's folder, in which no other command is at work. One in which nothing was trained can
+    be used again."""
+    named = args.resume or args.out_dir
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
-    out = Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1))
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError:
-        return claim_folder(args, k + 1)
-    return out
+    for k in itertools.count(1):
+        out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
+        if not args.resume and Path(out, "config.json").exists():
+            read_run(out)  # another program's is not ours to replace
+        fault = "" if args.resume or not begun(out) else "holds a run: --resume it"
+        fault = fault or ("" if lock(out) else "is in use by another command: wait for it")
+        if not fault:
+            return out
+        require(not named, f"{out} {fault}, or name another --out-dir")
+
+
+def lock(out: Path) -> bool:
+    """Make a run folder this process's; False where another process is at work in it. The system
+    unlocks it when the process ends, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    while HELD:  # a process makes one run after the other
+        os.close(HELD.pop())
+    with contextlib.suppress(ImportError):  # Windows has no such locks
+        import fcntl
+
+        HELD.append(os.open(out, os.O_RDONLY))
+        try:
+            fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network disks have none
+            return not isinstance(error, BlockingIOError)
+    return True
 
 
 def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
@@ -704,11 +878,18 @@ def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) 
     tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write(
-        out / "checkpoint.safetensors",
-        safetensors.torch.save(tensors, {"note": json.dumps(note)}),
-    )
+    content = safetensors.torch.save(to_cpu(tensors), {"note": json.dumps(note)})
+    write(out / "checkpoint.safetensors", content)
+
+
+def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU. WHY side by side: a GPU then stops once, not for each of hundreds."""
+    copies = {}
+    for some in data.group(tensors.items(), lambda pair: pair[1].dtype).values():
+        flat = torch.cat([value.detach().flatten() for _, value in some]).cpu()
+        parts = flat.split([value.numel() for _, value in some])
+        copies |= {name: part.view(value.shape) for (name, value), part in zip(some, parts)}
+    return copies
 
 
 def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
@@ -737,20 +918,41 @@ def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer)
     return load_checkpoint(out, module, optimizer)["epoch"] if path.exists() else 0
 
 
+def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> Iterator[tuple]:
+    """(epoch, views(epoch)) from epoch `first` on. After one of them a line says how long the rest
+    takes, if it is more than two minutes."""
+    for epoch in progress(range(first, args.epochs), name):
+        start = time.time()
+        found = views(epoch)
+        encoding = time.time() - start
+        yield epoch, found
+        training = time.time() - start - encoding
+        left = args.epochs - epoch - 1
+        fresh = left if not args.views else max(0, min(left, args.views - 1))
+        seconds = left * training + (args.augment != "none") * fresh * encoding
+        if epoch == first and seconds > 120:
+            shorter = "fewer --epochs" + ", --views 10 or --augment none" * (
+                fresh * encoding > training
+            )
+            print(f"about {seconds / 60:.0f} minutes to go; less by {shorter}", file=sys.stderr)
+
+
 def end_epoch(
-    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, **note
+    out: Path, epoch: int, epochs: int, module: torch.nn.Module, optimizer, line: dict, **note
 ) -> None:
-    """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite.
+    """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
+    last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
 
     line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
     """
-    line = {name: float(value) for name, value in line.items()}
-    bad = [
-        name
-        for name, value in [*line.items(), *module.state_dict().items()]
-        if not torch.as_tensor(value).isfinite().all()
-    ]
-    if bad:
+    tensors = {name: value.double() for name, value in line.items() if torch.is_tensor(value)}
+    learned = module.state_dict()
+    finite = torch.stack([value.isfinite().all() for value in learned.values()]).all()
+    *values, good = torch.stack([*tensors.values(), finite.double()]).tolist()
+    line = line | dict(zip(tensors, values))
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad or not good:
+        bad += [name for name, value in learned.items() if not value.isfinite().all()]
         raise FloatingPointError(
             f"{bad[0]} is not finite in epoch {epoch + 1}: "
             "the last checkpoint stays; try a smaller --lr"
@@ -758,7 +960,8 @@ def end_epoch(
     # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    save_checkpoint(out, module, optimizer, epoch=epoch + 1, **note)
+    needed = optimizer if epoch + 1 < epochs else None
+    save_checkpoint(out, module, needed, epoch=epoch + 1, **note)
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -767,50 +970,70 @@ def read_metrics(out: Path) -> list[dict]:
     return list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
 
 
-def write_result(out: Path, args, task, encoded, found, seconds: float, baseline=None) -> dict:
+def write_result(
+    out: Path,
+    name: str,
+    args,
+    clip: Clip,
+    task: data.Task,
+    encoded: list[EncodedTest],
+    found: list[dict],
+    start: float,
+    baseline: dict | None = None,
+) -> dict:
     """predictions.npz and result.json → the result.
 
-    found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and "arrays" of [N], where
-    there are any. `baseline` is the result of the plain method's run.
+    name: the method's. found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and
+    "arrays" of [N], where there are any. `baseline` is the result of the plain method's run.
     """
     tests, arrays = [], {}
     for i, (test, frozen, row) in enumerate(zip(task.tests, encoded, found, strict=True)):
         tests.append({
             "dataset": test.name, "domain": test.domain, "classes": test.classes,
-            "n": len(test.items), "template": test.template,
+            "n": len(test.items), "images": test.images, "template": test.template,
             "zero_shot": evaluate(frozen.zero_shot, frozen.labels),
             "baseline": baseline and baseline["tests"][i]["tuned"],
             "tuned": evaluate(row["tuned"], frozen.labels), "extra": row.get("extra", {}),
         })  # fmt: skip
-        kept = {"zero_shot": probabilities(frozen.zero_shot), "tuned": probabilities(row["tuned"]),
-                "labels": frozen.labels, **row.get("arrays", {})}  # fmt: skip
+        kept = {"labels": frozen.labels, **row.get("arrays", {})}
+        for kind, logits in {"zero_shot": frozen.zero_shot, "tuned": row["tuned"]}.items():
+            kept[kind] = probabilities(logits)
+            of_image = outcomes(logits, frozen.labels)
+            kept |= {f"{kind}_{key}": value for key, value in of_image.items()}
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
-    result = {"method": args.method, "settings": vars(args), "tests": tests, "split": task.split,
-              "harmonic_mean": harmonic_means(tests), "seconds": round(seconds, 2),
-              "versions": VERSIONS, "notes": task.notes}  # fmt: skip
+    trained = read_run(args.eval)["settings"] if args.eval else vars(args)
+    training = {"run": os.path.abspath(args.eval or out), "split": task.split,
+                **{key: trained[key] for key in TRAINING}}  # fmt: skip
+    result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
+              "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
+              "split": task.split, "harmonic_mean": harmonic_means(tests, trained["dataset"]),
+              "seconds": round(time.time() - start, 2), "versions": VERSIONS,
+              "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
     return result
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes 0, so that
-    predictions of a thousand classes compress well."""
-    return F.threshold(logits.softmax(dim=-1), torch.finfo(torch.float16).tiny, 0).half()
+    """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes its least
+    number, so that predictions of a thousand classes compress well and their logs are finite."""
+    return logits.softmax(dim=-1).clamp(min=torch.finfo(torch.float16).tiny).half()
 
 
-def harmonic_means(tests: list[dict]) -> dict[str, float]:
-    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
-    {} if there is neither. Other datasets (--test-on) do not count."""
-    own = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
+def harmonic_means(tests: list[dict], trained: str) -> dict[str, float]:
+    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains,
+    of the dataset that was trained on; {} if there is neither."""
+    first = tests[0]
+    own = [test for test in tests[1:] if test["dataset"] == first["dataset"] == trained]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
-    others = new or [test for test in own if test["domain"]]
+    domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
+    others = new or domains
     means = {}
-    for column, first in measures(tests[0]).items() if others else ():
+    for column, found in measures(first).items() if others else ():
         rest = [measures(test)[column]["accuracy"] for test in others]
-        means[column] = harmonic_mean(first["accuracy"], sum(rest) / len(rest))
+        means[column] = harmonic_mean(found["accuracy"], sum(rest) / len(rest))
     return means
 
 
@@ -820,9 +1043,10 @@ def measures(test: dict) -> dict[str, dict[str, float]]:
     return kinds | test["extra"]
 
 
-def report(result: dict, out: Path, baseline: str, method: str) -> None:
-    """Print the run's one table; `baseline` and `method` are names."""
-    titles = {"zero_shot": "zero-shot", "baseline": baseline, "tuned": method}
+def report(result: dict, out: Path) -> None:
+    """Print the run's one table."""
+    titles = {"zero_shot": "zero-shot", "baseline": result["baseline_name"],
+              "tuned": result["name"]}  # fmt: skip
     first = result["tests"][0]
     unsaid = (first["dataset"], "", "all")
     rows = [
@@ -845,9 +1069,11 @@ def report(result: dict, out: Path, baseline: str, method: str) -> None:
     for label, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
-    folder = result["settings"]["eval"] or out
+    evaluated = result["settings"]["eval"]
+    more = "" if evaluated else "another --seed, "
     print(
         f"written to {out}",
-        f"try next: another --seed, or python tools/use.py predict {folder} IMAGE",
+        f"try next: {more}python tools/page.py {out}, "
+        f"or python tools/use.py predict {evaluated or out} IMAGE",
         sep="\n",
     )
