@@ -756,13 +756,9 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
     config = read_json(path)
-    settings = config.get("settings")
-    known = {"method", "weights", "classnames", "template", "root", "train", "tests"}
-    missing = known - config.keys() or DEFAULTS.keys() - (
-        settings if isinstance(settings, dict) else {}
-    )
-    what = min(missing, default="")
-    require(not missing, f"{path} is of another program or version: it lacks {what!r}")
+    known = {"method", "settings", "weights", "classnames", "template", "root", "train", "tests"}
+    lacks = known - config.keys() or DEFAULTS.keys() - config["settings"]
+    require(not lacks, f"{path} is of another program or version: it lacks {', '.join(lacks)}")
     return config
 
 
@@ -847,12 +843,11 @@ def claim_folder(args: argparse.Namespace) -> Path:
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
     for k in itertools.count(1):
         out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
-        if not args.resume and Path(out, "config.json").exists():
-            read_run(out)  # another program's is not ours to replace
-        fault = "" if args.resume or not begun(out) else "holds a run: --resume it"
-        fault = fault or ("" if lock(out) else "is in use by another command: wait for it")
-        if not fault:
+        # read_run: the config.json of another program is not ours to replace.
+        empty = not Path(out, "config.json").exists() or (read_run(out) and not begun(out))
+        if (empty or args.resume) and lock(out):
             return out
+        fault = "is in use: wait for it" if args.resume or empty else "holds a run: --resume it"
         require(not named, f"{out} {fault}, or name another --out-dir")
 
 
@@ -929,12 +924,11 @@ def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> 
         yield epoch, found
         training = time.time() - start - encoding
         left = args.epochs - epoch - 1
-        fresh = left if not args.views else max(0, min(left, args.views - 1))
-        seconds = left * training + (args.augment != "none") * fresh * encoding
-        if epoch == first and seconds > 120:
-            cached = ", --views 10" if fresh and not args.views else ""
-            advice = f"less with fewer --epochs{cached}, --augment none"
-            print(f"about {seconds / 60:.0f} minutes to go; {advice}", file=sys.stderr)
+        views_left = 0 if args.augment == "none" else min(left, (args.views or args.epochs) - 1)
+        minutes = (left * training + views_left * encoding) / 60
+        if epoch == first and minutes > 2:
+            advice = "less with fewer --epochs, --views 10 or --augment none"
+            print(f"about {minutes:.0f} minutes to go; {advice}", file=sys.stderr)
 
 
 def end_epoch(

@@ -127,7 +127,7 @@ def test_resume_keeps_its_test_images(tmp_path, monkeypatch):
 
 
 def test_other_programs_folders(tmp_path):
-    for text in ('{"architectures": ["CLIPModel"]}', '{"settings": {}}', '{"settings": 3}', "[]"):
+    for text in ('{"architectures": ["CLIPModel"]}', '{"settings": {}}', "[]"):
         Path("foreign").mkdir(exist_ok=True)
         Path("foreign/config.json").write_text(text)
         for flag in ("--eval", "--resume"):

@@ -429,7 +429,7 @@ def test_folders_are_claimed():
     assert (name, other, mine) == ("runs/m-a-4shot-seed1", "runs/m-a-4shot-seed1-2", "mine")
     args = argparse.Namespace(resume=None, out_dir="mine")
     vars(args).update(method="m", dataset="a", shots=4, seed=1)
-    with pytest.raises(UserError, match="mine is in use by another command"):
+    with pytest.raises(UserError, match="mine is in use: wait for it"):
         common.claim_folder(args)
     for process in (first, second, third):
         process.kill()
