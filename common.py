@@ -1065,10 +1065,10 @@ def report(result: dict, out: Path) -> None:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
     evaluated = result["settings"]["eval"]
-    more = "" if evaluated else "another --seed, "
     print(
-        f"written to {out}",
-        f"try next: {more}python tools/page.py {out}, "
-        f"or python tools/use.py predict {evaluated or out} IMAGE",
+        f"written to {out}; try next:",
+        f"    python tools/page.py {out}",
+        f"    python tools/use.py predict {evaluated or out} IMAGE",
+        *([] if evaluated else ["    another --seed"]),
         sep="\n",
     )

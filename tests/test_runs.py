@@ -62,7 +62,7 @@ def test_a_run(name, capsys):
     lines = capsys.readouterr().out.splitlines()
     table = next(i for i, line in enumerate(lines) if line.startswith(" "))
     assert table <= 5 and all(len(line) <= 100 for line in lines[:table])
-    assert lines[-2] == "written to here" and lines[-1].startswith("try next: ")
+    assert lines[-4:-2] == ["written to here; try next:", "    python tools/page.py here"]
     files = {path.name for path in Path("here").iterdir()}
     wanted = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "predictions.npz"}
     assert files == wanted | {"result.json", "baseline"}
