@@ -103,7 +103,7 @@ class Part:
     """What a run predicts of test set i: N images, C classes. Columns: zero-shot, baseline, tuned,
     or without a baseline."""
 
-    def __init__(self, folder: Path, i: int, row: dict, found: data.Test | None, known: list[str]):
+    def __init__(self, folder: Path, i: int, row: dict, found: data.Test | None):
         own, plain = arrays(folder / "predictions.npz"), folder / "baseline/predictions.npz"
         files = [(own, f"{i}/zero_shot"), (own, f"{i}/tuned")]
         files[1:1] = [(arrays(plain), f"{i}/tuned")] if row["baseline"] else []
@@ -114,12 +114,11 @@ class Part:
         kinds = ("entropy", "mutual_information")  # VPT's
         self.spread = {kind: own[f"{i}/{kind}"] for kind in kinds if f"{i}/{kind}" in own}
         self.items = found.items if found else []
-        numbers = [f"class {k}" for k in range(max(self.labels.max(), self.predicted.max()) + 1)]
-        names = found.classnames if found else known or numbers
+        names = own[f"{i}/classnames"].tolist()
         self.names = [esc(name.replace("_", " ")) for name in names]  # as HTML
 
 
-def read_parts(folder: Path, result: dict, classnames: list[str]) -> tuple[list[Part], str]:
+def read_parts(folder: Path, result: dict) -> tuple[list[Part], str]:
     """One for each test set, with its images where they are found; and why some are not."""
     settings = argparse.Namespace(**result["settings"] | {"download": False})
     tests, why = [], "the images there are not those that were measured"
@@ -128,15 +127,11 @@ def read_parts(folder: Path, result: dict, classnames: list[str]) -> tuple[list[
     except (data.UserError, OSError) as error:
         why = str(error)
     found = {test.images: test for test in tests}
-    titles = {
-        "zero_shot": "zero-shot",
-        "baseline": result["baseline_name"],
-        "tuned": result["name"],
-    }
+    titles = {"zero_shot": "zero-shot", "baseline": result["baseline_name"]}
+    titles["tuned"] = result["name"]
     parts = []
     for i, row in enumerate(result["tests"]):
-        known = classnames if row["dataset"] == settings.dataset and row["classes"] != "new" else []
-        part = Part(folder, i, row, found.get(row["images"]), known)
+        part = Part(folder, i, row, found.get(row["images"]))
         words = [row["dataset"], row["domain"], row["classes"]]
         words = [word for word in words if word not in (settings.dataset, "", "all")]
         part.title = esc(" ".join(words) or row["dataset"])
@@ -323,7 +318,7 @@ def page(folder: Path) -> str:
     config = common.read_run(folder)
     require((folder / "result.json").exists(), f"{folder} has not finished: no result.json")
     result = data.read_json(folder / "result.json")
-    parts, why = read_parts(folder, result, config["classnames"])
+    parts, why = read_parts(folder, result)
     fields = summary(folder, result, config, parts)
     for show in (classes, images, sureness, errors):
         heads = [f"<h3>{part.title}</h3>\n" if len(parts) > 1 else "" for part in parts]
