@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -107,13 +106,12 @@ def load_clip(
         with warnings.catch_warnings(action="ignore"):
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
-    except pickle.UnpicklingError as error:  # torch's advice is to unpickle all the same
-        advice = "save the state_dict alone: torch.save(model.state_dict(), FILE)"
-        told = f"cannot load {model}: its weights file holds more than tensors, or is damaged"
-        raise UserError(f"{told}; {advice}") from error
     except Exception as error:  # open_clip, the hub and torch raise many kinds
+        reason = str(error)[:1000] or repr(error)
+        if "weights_only" in reason:  # torch's advice is to unpickle all the same
+            reason = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
         what = " ".join(filter(None, [model, pretrained]))
-        raise UserError(f"cannot load {what}: {str(error)[:1000] or repr(error)}") from error
+        raise UserError(f"cannot load {what}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
@@ -125,8 +123,9 @@ def load_clip(
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    require(hasattr(text_tower(net), "token_embedding"), f"{name} has no CLIP's text tower")
     twin = f"{name}-quickgelu"
-    local = Path(pretrained or "").is_file() and activation(net) == "GELU"
+    plain_name = os.path.isfile(pretrained or "") and twin in open_clip.list_models()
     note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
     clip = Clip(
         net,
@@ -136,10 +135,8 @@ def load_clip(
         pretrained or "",
         scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
-        notes=(note,) if local and twin in open_clip.list_models() else (),
+        notes=(note,) if plain_name and activation(net) == "GELU" else (),
     )
-    takes = hasattr(text_tower(net), "token_embedding")
-    require(takes, f"{name}: its text tower takes no token embeddings, so that nothing is tuned")
     clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
     return dataclasses.replace(clip, device=device, memory_gb=memory_gb)
@@ -228,15 +225,15 @@ def activation(net: torch.nn.Module) -> str:
 def check_text_tower(clip: Clip) -> Clip:
     """The clip; where section 2's fast encoder does not equal open_clip's own tower, one that is
     encoded by `plain`, and says so."""
-    start = start_of_text(clip)
-    theirs = plain(clip, start, pad(clip, ["a photo"], start.shape[1]))[0]
+    plainly = dataclasses.replace(clip, fast=False, notes=(*clip.notes, NOT_FAST))
+    theirs = prompt_features(plainly, ["photo"], "a {}")
     try:
         ours = prompt_features(clip, ["photo"], "a {}")
         if (ours - theirs).norm() < 1e-3 * theirs.norm():
             return clip
     except (AttributeError, TypeError, RuntimeError, ValueError):
         pass
-    return dataclasses.replace(clip, fast=False, notes=(*clip.notes, NOT_FAST))
+    return plainly
 
 
 def text_tower(model: torch.nn.Module) -> torch.nn.Module:
@@ -350,10 +347,16 @@ def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> 
     With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
     it. Where the fast encoder cannot be used, these are ids for `plain`.
     """
-    texts = [f"{name}." for name in classnames]
-    require(clip.fast or not own, f"{clip.name} is encoded whole (see its note): no --csc")
+    return tokenize(clip, [f"{name}." for name in classnames], n_ctx, own)
+
+
+def tokenize(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | Tensor:
+    """Whole texts as `encode_prompts` wants them, to stand behind SOS and `n_ctx` tokens."""
     before = start_of_text(clip).shape[1] + n_ctx
-    return pack(clip, texts, before, own) if clip.fast else pad(clip, texts, before)
+    if clip.fast:
+        return pack(clip, texts, before, own)
+    require(not own, f"{clip.name} is encoded whole (see its note): no --csc")
+    return pad(clip, texts, before)
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
@@ -375,10 +378,8 @@ def start_of_text(clip: Clip) -> Tensor:
 def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
     """Text features [C, D] of a hand-written prompt, unnormalised."""
     texts = [template.replace("{}", name) for name in classnames]
-    start = start_of_text(clip)
-    names = (pack if clip.fast else pad)(clip, texts, start.shape[1])
     with autocast(clip):
-        return encode_prompts(clip, start, names)[0]
+        return encode_prompts(clip, start_of_text(clip), tokenize(clip, texts))[0]
 
 
 def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
@@ -503,8 +504,8 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
         if cache:
             write(path, safetensors.torch.save({"features": features.cpu()}))
     except OSError as error:
-        advice = "name another --cache-dir, or none"
-        raise OSError(error.errno, f"{error.strerror}: {advice}", str(path)) from error
+        told = f"{error.strerror}: name another --cache-dir, or none"
+        raise OSError(error.errno, told, str(path)) from error
     return features, labels
 
 

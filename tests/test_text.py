@@ -1,8 +1,8 @@
 """The text encoder: rows of names behind one prefix equal open_clip's own tower, exactly."""
 
-import ast
 import copy
 import dataclasses
+import inspect
 import math
 import re
 import types
@@ -216,19 +216,13 @@ def test_section_2_pastes():
     root = Path(common.__file__).parent
     text = (root / "common.py").read_text(encoding="utf-8")
     section = text[text.index("# 2. TEXT") : text.index("# 3. IMAGES")]
-    wanted = set(re.findall(r"\w+", re.search(r"imports and (.*)\n(.*)\.", section).group(0)))
-    pasted = ""
-    for source in (text, (root / "data.py").read_text(encoding="utf-8")):
-        for node in ast.parse(source).body:
-            outside = isinstance(node, ast.ImportFrom) and node.module == "data"
-            outside = outside or isinstance(node, ast.Import) and node.names[0].name == "data"
-            is_import = isinstance(node, ast.Import | ast.ImportFrom) and source is text
-            name = getattr(
-                node, "name", ast.unparse(getattr(node, "targets", [ast.Constant(0)])[0])
-            )
-            if is_import and not outside or name in wanted:
-                lines = [d.lineno for d in getattr(node, "decorator_list", [])] + [node.lineno]
-                pasted += "\n".join(source.splitlines()[min(lines) - 1 : node.end_lineno]) + "\n"
+    wanted = re.search(r"# To paste .* the imports and (.*\n.*)\. bench", section).group(1)
+    pasted = [line for line in text.splitlines() if re.match(r"(import|from) (?!data\b)", line)]
+    for name in re.findall(r"\w+", wanted):
+        if hasattr(common, name) and name.isupper():
+            pasted += re.findall(rf"^{name} = .*", text, re.M)
+        elif hasattr(common, name):
+            pasted.append(inspect.getsource(getattr(common, name)))
     readme = (root / "benchmark" / "README.md").read_text(encoding="utf-8")
     loop = re.search(r"own code\n.*?```python\n(.*?)```", readme, re.S).group(1)
     model = tiny_model("tinypaste")
@@ -239,7 +233,7 @@ def test_section_2_pastes():
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(__import__("sys").modules, "pasted", here)  # dataclasses look there
-        exec(pasted + section + loop.replace("optimizer.step()", "pass"), vars(here))
+        exec("\n".join(pasted) + section + loop.replace("optimizer.step()", "pass"), vars(here))
     clip = common.Clip(model, None, open_clip.get_tokenizer("tinypaste"))
     context = here.context.detach().clone().requires_grad_()
     features = torch.nn.functional.normalize(by_open_clip(clip, names, context), dim=-1)
