@@ -449,13 +449,17 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
 
 
 def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
-    """Ids [C, T] of texts padded to the context length. Between SOS and each text stand X's, whose
-    place the context takes: `before` tokens in all."""
-    filler = "X " * (before - start_of_text(clip).shape[1])
-    *ids, empty = clip.tokenizer([*(filler + text.replace("_", " ") for text in texts), ""])
-    long = [text for text, row in zip(texts, ids) if row[-2] != empty[-2]]
+    """Ids [C, T] of texts padded to the context length. Between SOS and each text stands an
+    ordinary token, 3, wherever the context will: `before` tokens in all."""
+    first = start_of_text(clip).shape[1]
+    more = before - first
+    *ids, empty = clip.tokenizer([*(text.replace("_", " ") for text in texts), ""])
+    long = [text for text, row in zip(texts, ids) if (row[-1 - more :] != empty[-1]).any()]
     require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
-    return torch.stack(ids).to(clip.device)
+    ids = torch.stack(ids)
+    filler = torch.full((len(ids), more), 3)
+    ids = torch.cat([ids[:, :first], filler, ids[:, first : ids.shape[1] - more]], dim=1)
+    return ids.to(clip.device)
 
 
 def plain(clip: Clip, prefix: Tensor, ids: Tensor) -> Tensor:
