@@ -32,12 +32,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError, progress, read_json, require, run, write  # noqa: F401
 
-CLIP_FLAGS = ("model", "pretrained", "device", "precision", "memory_gb")
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
 VERSIONS = {
     name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
@@ -45,10 +45,6 @@ VERSIONS = {
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
 HELD = []  # the locked run folder, as a file that is open
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_FAST = (
-    "this CLIP's text tower is not causal, or not read at a text's end: prompts are encoded whole, "
-    "some 10 to 30 times slower"
-)
 
 
 # 1. CLIP ------------------------------------------------------------------------------------------
@@ -86,7 +82,9 @@ def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False
     """The CLIP that a run's flags name; its notes become the task's."""
     if args.model == "toyclip":
         torch.set_num_threads(1)  # so small that a second thread costs time
-    clip = load_clip(**{key: vars(args)[key] for key in CLIP_FLAGS}, tuned=tuned)
+    clip = load_clip(
+        args.model, args.pretrained, args.device, args.precision, args.memory_gb, tuned
+    )
     task.notes += clip.notes
     return clip
 
@@ -113,8 +111,7 @@ def load_clip(
         reason = str(error)[:1000] or repr(error)
         if "weights_only" in reason:  # torch's advice is to unpickle all the same
             reason = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
-        what = " ".join(filter(None, [model, pretrained]))
-        raise UserError(f"cannot load {what}: {reason}") from error
+        raise UserError(f"cannot load {model}, weights {pretrained}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
@@ -125,24 +122,25 @@ def load_clip(
     }
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
     require(hasattr(text_tower(net), "token_embedding"), f"{name} has no CLIP's text tower")
-    twin = f"{name}-quickgelu"
-    plain_name = os.path.isfile(pretrained or "") and twin in open_clip.list_models()
-    note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
+    cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
     clip = Clip(
         net,
         open_clip.transform.image_transform_v2(cfg, is_train=False),
         tokenizer,
         name,
         pretrained or "",
+        memory_gb=memory_gb,
         scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
-        notes=(note,) if plain_name and activation(net) == "GELU" else (),
     )
+    twin = f"{name}-quickgelu"
+    gelu_file = os.path.isfile(clip.pretrained) and activation(net) == "GELU"
+    if gelu_file and twin in open_clip.list_models():
+        clip.notes = (f"{name} computes with GELU; weights trained by OpenAI need --model {twin}",)
     clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
-    return dataclasses.replace(clip, device=device, memory_gb=memory_gb)
+    return dataclasses.replace(clip, device=device)
 
 
 def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
@@ -212,12 +210,12 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
 
 
 def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str) -> None:
-    """load_state_dict, or UserError `fault` with the first two names or shapes that differ."""
-    expected = {(key, *value.shape) for key, value in module.state_dict().items()}
-    found = {(key, *getattr(value, "shape", ["no tensor"])) for key, value in tensors.items()}
-    differ = sorted(expected ^ found, key=str)[:2]
-    require(not differ, f"{fault}: see {' and '.join(map(str, differ))}")
-    module.load_state_dict(tensors)
+    """load_state_dict, or UserError: `fault`, and the first of torch's reasons."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:  # "Error(s) in loading .." and a line for each
+        reason = str(error).split("\n\t")[1]
+        raise UserError(f"{fault}: see {reason[:200]}") from error
 
 
 def activation(net: torch.nn.Module) -> str:
@@ -228,14 +226,16 @@ def activation(net: torch.nn.Module) -> str:
 def check_text_tower(clip: Clip) -> Clip:
     """The clip; where section 2's fast encoder does not equal open_clip's own tower, one that is
     encoded by `plain`, and says so."""
-    plainly = dataclasses.replace(clip, fast=False, notes=(*clip.notes, NOT_FAST))
+    note = (
+        "this CLIP's text tower is not causal, or not read at a text's end: prompts are encoded "
+        "whole, some 10 to 30 times slower"
+    )
+    plainly = dataclasses.replace(clip, fast=False, notes=(*clip.notes, note))
     theirs = prompt_features(plainly, ["photo"], "a {}")
-    try:
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError, ValueError):
         ours = prompt_features(clip, ["photo"], "a {}")
         if (ours - theirs).norm() < 1e-3 * theirs.norm():
             return clip
-    except (AttributeError, TypeError, RuntimeError, ValueError):
-        pass
     return plainly
 
 
@@ -283,46 +283,51 @@ def token_ids(clip: Clip, text: str, room: int) -> list[int]:
     )
     if clip.name == "toyclip":  # the row of a word that training never touched is zero
         seen = text_tower(clip.model).token_embedding.weight[ids].any(dim=1)
-        unknown = clip.tokenizer.decode([ids[int(seen.long().argmin())]]).strip()
+        unknown = bpe.decode([ids[int(seen.long().argmin())]]).strip()
         require(seen.all(), f"toyclip never saw {unknown!r} of {text!r}: name another --model")
     return ids
 
 
-def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
-    """Tokenise texts that stand behind a prefix of `before` tokens (SOS, a context) and end in EOT.
+def pack(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | Tensor:
+    """Tokenise texts that stand behind SOS and `n_ctx` context tokens, and end in EOT.
 
     `own`: each text begins with so many places for its class's own context. WHY rows of about 128
     tokens: a text takes a handful of tokens, not the context length. Rows of one length need one
     mask and no special kernel; shorter rows repeat the prefix more often, longer ones compare more
-    tokens that are masked.
+    tokens that are masked. Where the fast encoder cannot be used: ids for `plain`.
     """
+    before = start_of_text(clip).shape[1] + n_ctx  # P
+    if not clip.fast:
+        require(not own, f"{clip.name} is encoded whole (see its note): no --csc")
+        return pad(clip, texts, before)
     tower = text_tower(clip.model)
     table, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
     ids = [token_ids(clip, text, len(position) - before - own) for text in texts]
+    # Of every text its length, and the row it is in: rows get equal shares of all tokens.
     size = torch.tensor([own + len(text) for text in ids])  # [C]
-    last = size.cumsum(0) - 1  # [C] the last token of each text, of all tokens in order
-    n_rows = math.ceil(int(size.sum()) / max(1, ROW_LENGTH - before))
-    text_row = (last + 1 - size) * n_rows // size.sum()  # [C] rows get equal shares of all tokens
-
-    # Of every token: its text, its place in the text, its row, its place in the row.
+    end = size.cumsum(0)
+    n_rows = math.ceil(int(end[-1]) / max(1, ROW_LENGTH - before))  # R
+    text_row = (end - size) * n_rows // end[-1]  # [C]
+    # Of every token its text, its place in the text, and its place in the row.
     text = torch.arange(len(ids)).repeat_interleave(size)
-    place, row = number_within(text), text_row[text]
-    column = number_within(row)
+    place = number_within(text)
+    column = number_within(text_row[text])
     x = position[before + place]
     x[place >= own] += table[torch.tensor(sum(ids, []))]
-    rows = x.new_zeros(n_rows, int(column.max()) + 1, x.shape[1])
-    rows[row, column] = x
-    text_of = torch.full(rows.shape[:2], len(ids))  # [R, S]; where a row has no token: none's
-    text_of[row, column] = text
-    number = number_within(text_row)  # [C] of each text in its row
-    ends = torch.zeros(n_rows, int(number.max()) + 1, dtype=torch.long)
-    ends[text_row, number] = before + column[last]
+    # Rows from token to token, padded at their ends.
+    tokens = text_row[text].bincount().tolist()  # of each row
+    rows = pad_sequence(x.split(tokens), batch_first=True)
+    text_of = pad_sequence(text.split(tokens), batch_first=True, padding_value=len(ids))
+    ends = (before + column[end - 1]).split(text_row.bincount().tolist())
+    ends = pad_sequence(ends, batch_first=True)
+    which = text_row * ends.shape[1] + number_within(text_row)
+    free = text_row[text] * rows.shape[1] + column
     return Names(
         rows=rows,
         mask=attention_mask(text_of, before).to(table),
         ends=ends.to(table.device),
-        which=(text_row * ends.shape[1] + number).to(table.device),
-        own=(row * rows.shape[1] + column)[place < own].to(table.device),
+        which=which.to(table.device),
+        own=free[place < own].to(table.device),
     )
 
 
@@ -348,18 +353,9 @@ def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> 
     """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
 
     With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
-    it. Where the fast encoder cannot be used, these are ids for `plain`.
+    it.
     """
-    return tokenize(clip, [f"{name}." for name in classnames], n_ctx, own)
-
-
-def tokenize(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | Tensor:
-    """Whole texts as `encode_prompts` wants them, to stand behind SOS and `n_ctx` tokens."""
-    before = start_of_text(clip).shape[1] + n_ctx
-    if clip.fast:
-        return pack(clip, texts, before, own)
-    require(not own, f"{clip.name} is encoded whole (see its note): no --csc")
-    return pad(clip, texts, before)
+    return pack(clip, [f"{name}." for name in classnames], n_ctx, own)
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
@@ -382,7 +378,7 @@ def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
     """Text features [C, D] of a hand-written prompt, unnormalised."""
     texts = [template.replace("{}", name) for name in classnames]
     with autocast(clip):
-        return encode_prompts(clip, start_of_text(clip), tokenize(clip, texts))[0]
+        return encode_prompts(clip, start_of_text(clip), pack(clip, texts))[0]
 
 
 def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
@@ -452,17 +448,13 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
 
 
 def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
-    """Ids [C, T] of texts padded to the context length. Between SOS and each text stands an
-    ordinary token, 3, wherever the context will: `before` tokens in all."""
-    first = start_of_text(clip).shape[1]
-    more = before - first
-    *ids, empty = clip.tokenizer([*(text.replace("_", " ") for text in texts), ""])
-    long = [text for text, row in zip(texts, ids) if (row[-1 - more :] != empty[-1]).any()]
+    """Ids [C, context length] of texts to stand behind `before` tokens. After SOS an ordinary word
+    keeps each place of the context."""
+    filler = "a " * (before - start_of_text(clip).shape[1])
+    *ids, empty = clip.tokenizer([*(filler + text.replace("_", " ") for text in texts), ""])
+    long = [text for text, row in zip(texts, ids) if row[-1] != empty[-1]]
     require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
-    ids = torch.stack(ids)
-    filler = torch.full((len(ids), more), 3)
-    ids = torch.cat([ids[:, :first], filler, ids[:, first : ids.shape[1] - more]], dim=1)
-    return ids.to(clip.device)
+    return torch.stack(ids).to(clip.device)
 
 
 def plain(clip: Clip, prefix: Tensor, ids: Tensor) -> Tensor:
