@@ -1,8 +1,17 @@
 """What the three scripts share: CLIP's two encoders, made fast; numbers; flags, folders, the table.
 
+To learn, read section 2, which is the project's own idea; of section 1 it needs `Clip`, `autocast`
+and `text_tower`. The rest is the harness: skip it until you want to know how a run does something.
+
+1. CLIP     which model, whose weights, in which precision
+2. TEXT     many class names behind one prefix, exactly what CLIP computes and much faster
+3. IMAGES   features by the frozen image encoder, cached on disk
+4. NUMBERS  accuracy, calibration, the learning rate
+5. RUNS     flags, the run's folder, checkpoints, results
+
 Axes, everywhere: B images in a batch, N images, C classes, D joint embedding width, W width of the
 text transformer, M context tokens, P prefix tokens (SOS + context), G different prefixes, R rows of
-S tokens that hold all class names, L samples.
+S tokens that hold all class names, K texts in a row, L samples. A small letter: a part of as many.
 """
 
 import argparse
@@ -32,7 +41,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -135,8 +143,8 @@ def load_clip(
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
     )
     twin = f"{name}-quickgelu"
-    gelu_file = os.path.isfile(clip.pretrained) and activation(net) == "GELU"
-    if gelu_file and twin in open_clip.list_models():
+    has_twin = os.path.isfile(clip.pretrained) and twin in open_clip.list_models()
+    if has_twin and activation(net) == "GELU":
         clip.notes = (f"{name} computes with GELU; weights trained by OpenAI need --model {twin}",)
     clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
@@ -272,20 +280,92 @@ class Names:
     own: Tensor  # [C · own] which of the R · S places are for the classes' own contexts
 
 
-def token_ids(clip: Clip, text: str, room: int) -> list[int]:
-    """BPE ids of `text` and EOT. UserError for more than `room`, or a word toyclip never saw."""
-    bpe = clip.tokenizer
-    encode = getattr(bpe, "encode", None) or partial(bpe.tokenizer.encode, add_special_tokens=False)
-    ids = [*encode(text.replace("_", " ")), getattr(bpe, "eot_token_id", 0)]
-    require(
-        len(ids) <= room,
-        f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or the context",
-    )
-    if clip.name == "toyclip":  # the row of a word that training never touched is zero
-        seen = text_tower(clip.model).token_embedding.weight[ids].any(dim=1)
-        unknown = bpe.decode([ids[int(seen.long().argmin())]]).strip()
-        require(seen.all(), f"toyclip never saw {unknown!r} of {text!r}: name another --model")
-    return ids
+def encode_prompts(clip: Clip, prefix: Tensor, names: Names | Tensor) -> Tensor:
+    """Text features of every class under every prefix: prefix [G, P, W] → [G, C, D], unnormalised.
+
+    Equals `plain`, for CLIP's text attention is causal: (1) what stands after a class's EOT cannot
+    influence it, so it is left out; (2) the prefix never sees the names, so that many names can
+    stand behind one copy of it. Work: R · (P + S) tokens a prefix, not C · context length.
+    Differentiable in prefix and names. UserError for names that were packed for another P.
+    """
+    if isinstance(names, Tensor):  # ids
+        return plain(clip, prefix, names)
+    tower = text_tower(clip.model)
+    P, packed = prefix.shape[1], names.mask.shape[-1] - names.rows.shape[1]
+    require(P == packed, f"a prefix of {P} tokens: these names were packed for one of {packed}")
+    encode = partial(encode_rows, tower)
+    x = in_pieces(clip, encode, prefix, names.rows, names.mask, names.ends)  # [G, R, K, W]
+    x = x.flatten(1, 2).index_select(1, names.which)  # [G, C, W]
+    return (x @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
+
+
+def plain(clip: Clip, prefix: Tensor, ids: Tensor) -> Tensor:
+    """What encode_prompts equals: every whole prompt [prefix, text, padding] through open_clip's
+    own tower, its token embeddings exchanged. prefix [G, P, W], ids = pad(clip, texts, P) →
+    [G, C, D], unnormalised. It serves towers that are not causal, too."""
+    embedding = text_tower(clip.model).token_embedding
+
+    def encode(some: Tensor, ids: Tensor) -> Tensor:
+        start = some.repeat_interleave(len(ids), dim=0)  # [g·c, P, W]
+
+        def put(module, given, x):
+            return torch.cat([start, x[:, start.shape[1] :]], dim=1)
+
+        with embedding.register_forward_hook(put):
+            features = clip.model.encode_text(ids.repeat(len(some), 1), normalize=False)
+        return features.unflatten(0, (len(some), -1)).to(prefix.dtype)
+
+    return in_pieces(clip, encode, prefix, ids)
+
+
+def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
+    """Each of r rows behind each of g prefixes through the transformer → what stands where the
+    texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], ends [r, K].
+    """
+    g, P, W = prefix.shape
+    start = (prefix + tower.positional_embedding[:P])[:, None].expand(-1, len(rows), -1, -1)
+    x = torch.cat([start, rows.expand(g, -1, -1, -1)], dim=2).flatten(0, 1)  # [g·r, P + S, W]
+    mask = mask.expand(g, *mask.shape).flatten(0, 1)
+    ends = ends.expand(g, *ends.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
+    for block in tower.transformer.resblocks:
+        attend = block.attn
+        qkv = F.linear(block.ln_1(x), attend.in_proj_weight, attend.in_proj_bias)
+        # q, k, v: [g·r, heads, P + S, W / heads] each
+        q, k, v = qkv.unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = mask.to(q.dtype)  # autocast would cast it in every layer
+        mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        if block is tower.transformer.resblocks[-1]:  # of the last layer only the ends are read
+            x, mixed = x.gather(1, ends), mixed.gather(1, ends)
+        # ls_1, ls_2: layer scale, or the identity
+        x = x + block.ls_1(attend.out_proj(mixed))
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return tower.ln_final(x).unflatten(0, (g, -1))
+
+
+def in_pieces(clip: Clip, encode: Callable, prefix: Tensor, rows: Tensor, *more: Tensor) -> Tensor:
+    """encode(prefix, rows, ..) → [G, R, ..], in pieces of prefixes and rows [R, S, ..] that bound
+    what is alive (clip.memory_gb). For gradients pieces are computed again in the backward pass."""
+    P, W = prefix.shape[1:]
+    # A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
+    gradients = torch.is_grad_enabled() and (prefix.requires_grad or rows.requires_grad)
+    floats = 35 * len(text_tower(clip.model).transformer.resblocks) if gradients else 40
+    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + rows.shape[1]))))  # rows
+    if gradients and len(prefix) * len(rows) > alive:
+        encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+    pieces = list(zip(*(tensor.split(alive) for tensor in (rows, *more))))
+    parts = []
+    for some in prefix.split(max(1, alive // len(rows))):
+        parts.append(torch.cat([encode(some, *piece) for piece in pieces], dim=1))
+    return torch.cat(parts)
+
+
+def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names | Tensor:
+    """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
+
+    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
+    it.
+    """
+    return pack(clip, [f"{name}." for name in classnames], n_ctx, own)
 
 
 def pack(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | Tensor:
@@ -303,42 +383,43 @@ def pack(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | 
     tower = text_tower(clip.model)
     table, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
     ids = [token_ids(clip, text, len(position) - before - own) for text in texts]
-    # Of every text its length, and the row it is in: rows get equal shares of all tokens.
+    # Of all tokens in order: each text has `size` of them, each row an equal share.
     size = torch.tensor([own + len(text) for text in ids])  # [C]
-    end = size.cumsum(0)
-    n_rows = math.ceil(int(end[-1]) / max(1, ROW_LENGTH - before))  # R
-    text_row = (end - size) * n_rows // end[-1]  # [C]
-    # Of every token its text, its place in the text, and its place in the row.
+    end = size.cumsum(0)  # [C] where the next text begins
+    n_rows = math.ceil(int(end[-1]) / max(1, ROW_LENGTH - before))
+    row_of = (end - size) * n_rows // end[-1]  # [C] the row of each text
+    # Of each token its text, its place in the text, its row, its place in the row.
     text = torch.arange(len(ids)).repeat_interleave(size)
-    place = number_within(text)
-    column = number_within(text_row[text])
+    place = count_up(size)
+    row = row_of[text]
+    column = count_up(row.bincount())
     x = position[before + place]
     x[place >= own] += table[torch.tensor(sum(ids, []))]
-    # Rows from token to token, padded at their ends.
-    tokens = text_row[text].bincount().tolist()  # of each row
-    rows = pad_sequence(x.split(tokens), batch_first=True)
-    text_of = pad_sequence(text.split(tokens), batch_first=True, padding_value=len(ids))
-    ends = (before + column[end - 1]).split(text_row.bincount().tolist())
-    ends = pad_sequence(ends, batch_first=True)
-    which = text_row * ends.shape[1] + number_within(text_row)
-    free = text_row[text] * rows.shape[1] + column
+    rows = in_rows(x, row)
+    ends = in_rows(before + column[end - 1], row_of)
     return Names(
         rows=rows,
-        mask=attention_mask(text_of, before).to(table),
+        mask=attention_mask(in_rows(text, row, empty=len(ids)), before).to(table),
         ends=ends.to(table.device),
-        which=which.to(table.device),
-        own=free[place < own].to(table.device),
+        which=(row_of * ends.shape[1] + count_up(row_of.bincount())).to(table.device),
+        own=(row * rows.shape[1] + column)[place < own].to(table.device),
     )
 
 
-def number_within(group: Tensor) -> Tensor:
-    """Of each element its number within its group; group [n] never falls.
+def count_up(sizes: Tensor) -> Tensor:
+    """0 to size - 1, for each size in turn.
 
-    >>> number_within(torch.tensor([0, 0, 0, 1, 1, 2]))
+    >>> count_up(torch.tensor([3, 2, 1]))
     tensor([0, 1, 2, 0, 1, 0])
     """
-    size = group.bincount()
-    return torch.arange(len(group)) - (size.cumsum(0) - size)[group]
+    return torch.cat([torch.arange(size) for size in sizes.tolist()])
+
+
+def in_rows(values: Tensor, row: Tensor, empty: int = 0) -> Tensor:
+    """values [n, ..], each to its row; row [n] never falls → [R, longest row, ..], the ends of
+    shorter rows filled with `empty`."""
+    parts = values.split(row.bincount().tolist())
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=empty)
 
 
 def attention_mask(text_of: Tensor, before: int) -> Tensor:
@@ -349,13 +430,30 @@ def attention_mask(text_of: Tensor, before: int) -> Tensor:
     return torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
 
 
-def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names | Tensor:
-    """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
+def token_ids(clip: Clip, text: str, room: int) -> list[int]:
+    """BPE ids of `text` and EOT. UserError for more than `room`, or a word toyclip never saw."""
+    bpe = clip.tokenizer
+    encode = getattr(bpe, "encode", None) or partial(bpe.tokenizer.encode, add_special_tokens=False)
+    ids = [*encode(text.replace("_", " ")), getattr(bpe, "eot_token_id", 0)]
+    require(
+        len(ids) <= room,
+        f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or the context",
+    )
+    if clip.name == "toyclip":  # the row of a word that training never touched is zero
+        seen = text_tower(clip.model).token_embedding.weight[ids].any(dim=1)
+        unknown = bpe.decode([ids[int(seen.long().argmin())]]).strip()
+        require(seen.all(), f"toyclip never saw {unknown!r} of {text!r}: name another --model")
+    return ids
 
-    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
-    it.
-    """
-    return pack(clip, [f"{name}." for name in classnames], n_ctx, own)
+
+def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
+    """Ids [C, context length] of texts to stand behind `before` tokens. After SOS an ordinary word
+    keeps each place of the context."""
+    filler = "a " * (before - start_of_text(clip).shape[1])
+    *ids, empty = clip.tokenizer([*(filler + text.replace("_", " ") for text in texts), ""])
+    long = [text for text, row in zip(texts, ids) if row[-1] != empty[-1]]
+    require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
+    return torch.stack(ids).to(clip.device)
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
@@ -387,92 +485,6 @@ def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]
     return F.normalize(torch.stack(rows).mean(dim=0), dim=-1)
 
 
-def encode_prompts(clip: Clip, prefix: Tensor, names: Names | Tensor) -> Tensor:
-    """Text features of every class under every prefix: prefix [G, P, W] → [G, C, D], unnormalised.
-
-    Equals `plain`, for CLIP's text attention is causal: (1) what stands after a class's EOT cannot
-    influence it, so it is left out; (2) the prefix never sees the names, so that many names can
-    stand behind one copy of it. Work: R · (P + S) tokens a prefix, not C · context length.
-    Differentiable in prefix and names. UserError for names that were packed for another P.
-    """
-    if isinstance(names, Tensor):  # ids
-        return plain(clip, prefix, names)
-    tower = text_tower(clip.model)
-    P, packed = prefix.shape[1], names.mask.shape[-1] - names.rows.shape[1]
-    require(P == packed, f"a prefix of {P} tokens: these names were packed for one of {packed}")
-    encode = partial(encode_rows, tower)
-    ends = in_pieces(clip, encode, prefix, names.rows, names.mask, names.ends)  # [G, R, K, W]
-    ends = ends.flatten(1, 2).index_select(1, names.which)  # [G, C, W]
-    return (ends @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
-
-
-def in_pieces(clip: Clip, encode: Callable, prefix: Tensor, rows: Tensor, *more: Tensor) -> Tensor:
-    """encode(prefix, rows, ..) → [G, R, ..], in pieces of prefixes and rows [R, S, ..] that bound
-    what is alive (clip.memory_gb). For gradients pieces are computed again in the backward pass."""
-    P, W = prefix.shape[1:]
-    # A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
-    gradients = torch.is_grad_enabled() and (prefix.requires_grad or rows.requires_grad)
-    floats = 35 * len(text_tower(clip.model).transformer.resblocks) if gradients else 40
-    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + rows.shape[1]))))  # rows
-    if gradients and len(prefix) * len(rows) > alive:
-        encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
-    pieces = list(zip(*(tensor.split(alive) for tensor in (rows, *more))))
-    parts = []
-    for some in prefix.split(max(1, alive // len(rows))):
-        parts.append(torch.cat([encode(some, *piece) for piece in pieces], dim=1))
-    return torch.cat(parts)
-
-
-def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
-    """Each of r rows behind each of g prefixes through the transformer → what stands where the
-    texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], ends [r, K].
-    """
-    g, P, W = prefix.shape
-    start = (prefix + tower.positional_embedding[:P])[:, None].expand(-1, len(rows), -1, -1)
-    x = torch.cat([start, rows.expand(g, -1, -1, -1)], dim=2).flatten(0, 1)  # [g·r, P + S, W]
-    mask = mask.expand(g, *mask.shape).flatten(0, 1)
-    ends = ends.expand(g, *ends.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
-    for block in tower.transformer.resblocks:
-        attend = block.attn
-        qkv = F.linear(block.ln_1(x), attend.in_proj_weight, attend.in_proj_bias)
-        # q, k, v: [g·r, heads, P + S, W / heads] each
-        q, k, v = qkv.unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mask = mask.to(q.dtype)  # autocast would cast it in every layer
-        mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        if block is tower.transformer.resblocks[-1]:  # of the last layer only the ends are read
-            x, mixed = x.gather(1, ends), mixed.gather(1, ends)
-        # ls_1, ls_2: layer scale, or the identity
-        x = x + block.ls_1(attend.out_proj(mixed))
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return tower.ln_final(x).unflatten(0, (g, -1))
-
-
-def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
-    """Ids [C, context length] of texts to stand behind `before` tokens. After SOS an ordinary word
-    keeps each place of the context."""
-    filler = "a " * (before - start_of_text(clip).shape[1])
-    *ids, empty = clip.tokenizer([*(filler + text.replace("_", " ") for text in texts), ""])
-    long = [text for text, row in zip(texts, ids) if row[-1] != empty[-1]]
-    require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
-    return torch.stack(ids).to(clip.device)
-
-
-def plain(clip: Clip, prefix: Tensor, ids: Tensor) -> Tensor:
-    """What encode_prompts equals: every whole prompt [prefix, text, padding] through open_clip's
-    own tower, its token embeddings exchanged. prefix [G, P, W], ids = pad(clip, texts, P) →
-    [G, C, D], unnormalised. It serves towers that are not causal, too."""
-    embedding = text_tower(clip.model).token_embedding
-
-    def encode(some: Tensor, ids: Tensor) -> Tensor:
-        start = some.repeat_interleave(len(ids), dim=0)  # [g·c, P, W]
-        put = lambda module, given, x: torch.cat([start, x[:, start.shape[1] :]], dim=1)  # noqa: E731
-        with embedding.register_forward_hook(put):
-            features = clip.model.encode_text(ids.repeat(len(some), 1), normalize=False)
-        return features.unflatten(0, (len(some), -1)).to(prefix.dtype)
-
-    return in_pieces(clip, encode, prefix, ids)
-
-
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
 def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, cache=True) -> tuple:
     """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`.
@@ -490,11 +502,10 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     each = torch.arange(len(items)) + view * len(items)
     lists = [batch.tolist() for batch in each.split(256)]
     with torch.no_grad(), autocast(clip):
-        rows = [
+        features = torch.cat([
             clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
             for batch, _, _ in data.load_images(images, lists, args, "encode images")
-        ]
-    features = torch.cat(rows)
+        ])  # fmt: skip
     try:
         if cache:
             write(path, safetensors.torch.save({"features": features.cpu()}))
@@ -579,8 +590,7 @@ def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """
     predicted, confidence, nlls = outcomes(logits, labels).values()
     right = (predicted == labels).to(confidence)
-    count = labels.bincount(minlength=logits.shape[1])
-    per_class = labels.bincount(right, len(count)) / count  # 0 / 0 where there is no image
+    per_class = labels.bincount(right) / labels.bincount()  # 0 / 0 where there is no image
     bins = (confidence * 15).long().clamp(0, 14)  # bin b holds confidences in [b/15, (b+1)/15)
     gaps = bins.bincount(right - confidence, 15)  # of each bin the sum of both
     nll = nlls.mean().item()
@@ -674,7 +684,6 @@ HOW = {"memory_gb", "precision", "compare", "eval_every"}
 MOVED = {"data_root", "pretrained", "memory_gb"}
 TESTED = {"dataset", "classes", "test_on", "test_part", "template", "train_domain", "test_domain",
           "ensemble", "wise_ft"}
-TRAINING = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
 # fmt: on
 
 
@@ -706,25 +715,33 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used."""
     typed = vars(parser.parse_args(argv))
-    alone = method == "proreg" or not several_processes()
-    require(alone, f"{method}.py runs in one process: start it by python, one run for each GPU")
-    twice = "resume" in typed and typed.keys() & {"eval", "out_dir"}
-    require(not twice, "--resume RUN names the run's folder: leave out --eval and --out-dir")
+    require(
+        method == "proreg" or not several_processes(),
+        f"{method}.py runs in one process: start it by python, one run for each GPU",
+    )
+    require(
+        "resume" not in typed or not typed.keys() & {"eval", "out_dir"},
+        "--resume RUN names the run's folder: leave out --eval and --out-dir",
+    )
     stored = inherited(typed, method)
     first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     if args.model == "toyclip" or ":" in args.model:  # the default weights are another model's
         args.pretrained = first.get("pretrained")
-    fits = ":" not in args.model or args.pretrained is None
-    require(fits, f"{args.model} has weights of its own: no --pretrained")
+    require(
+        ":" not in args.model or args.pretrained is None,
+        f"{args.model} has weights of its own: no --pretrained",
+    )
     for key in ("data_root", "cache_dir", "out_dir", "resume"):
-        is_file = os.path.isfile(vars(args)[key] or "")
-        require(not is_file, f"{flag(key)} {vars(args)[key]} is a file: name a folder")
+        folder = vars(args)[key] or ""
+        require(not os.path.isfile(folder), f"{flag(key)} {folder} is a file: name a folder")
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, 1e18))
         for number in value if isinstance(value, list) else [value]:
-            fits = not isinstance(number, int | float) or low <= number <= high
-            require(fits, f"{flag(key)} {number}: it must be from {low:g} to {high:g}")
+            require(
+                not isinstance(number, int | float) or low <= number <= high,
+                f"{flag(key)} {number}: it must be from {low:g} to {high:g}",
+            )
     settle_device(args)
     return args
 
@@ -733,28 +750,31 @@ def inherited(typed: dict, method: str) -> dict:
     """The settings of the run that --resume goes on with or --eval evaluates; {} without one.
     UserError for a typed value that differs from what was trained."""
     folder = typed.get("resume", typed.get("eval"))
-    begins = "resume" in typed and not Path(folder, "config.json").exists()
-    require(
-        not begins or "dataset" in typed,
-        f"there is no run {folder}; to begin it say on which --dataset",
-    )
-    if begins or folder is None:
+    if folder is None:
+        return {}
+    if "resume" in typed and not Path(folder, "config.json").exists():
+        require("dataset" in typed, f"there is no run {folder}; to begin it say on which --dataset")
         return {}
     config = read_run(folder)
     stored = config["settings"]
-    fits = config["method"] == method and not stored["eval"]
-    require(fits, f"{folder} is no training run of {method}.py")
-    unread, free = (
-        (NOW | HOW, NOW | HOW | MOVED | TESTED) if "eval" in typed else (NOW, NOW | MOVED)
+    require(
+        config["method"] == method and not stored["eval"],
+        f"{folder} is no training run of {method}.py",
     )
+    unread = NOW | HOW if "eval" in typed else NOW
+    free = unread | MOVED | (TESTED if "eval" in typed else set())
     for key in (typed.keys() & stored.keys()) - free:
-        same = typed[key] == stored[key] or not begun(folder)
-        require(same, f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out")
+        require(
+            typed[key] == stored[key] or not begun(folder),
+            f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out",
+        )
     found = {key: value for key, value in stored.items() if key not in unread}
     if typed.get("dataset", stored["dataset"]) != stored["dataset"]:  # its classes are all new
         found |= {"train_domain": None, "test_domain": None, "classes": "all"}
-    halves = found["classes"] == "base" or typed.get("classes") != "base"
-    require(halves, f"{folder} was not trained on half of these classes: leave --classes base out")
+    require(
+        found["classes"] == "base" or typed.get("classes") != "base",
+        f"{folder} was not trained on half of these classes: leave --classes base out",
+    )
     return found
 
 
@@ -771,8 +791,8 @@ def read_run(folder: str | Path) -> dict:
 
 def begun(folder: str | Path) -> bool:
     """Whether anything was trained or measured in this run folder, or in its baseline's."""
-    files = ("checkpoint.safetensors", "baseline/checkpoint.safetensors", "result.json")
-    return any(Path(folder, file).exists() for file in files)
+    signs = ("checkpoint.safetensors", "baseline/checkpoint.safetensors", "result.json")
+    return any(Path(folder, file).exists() for file in signs)
 
 
 def flag(key: str) -> str:
@@ -829,17 +849,18 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
 def compare_runs(old: dict, new: dict, folder: str) -> None:
     """config.json of a run, and what is there now: a run goes on with the CLIP, classes and images
     that it began with, or not at all. For an evaluation only the CLIP matters."""
-    same = old["weights"] == new["weights"]
-    require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
+    require(
+        old["weights"] == new["weights"],
+        f"{folder}: its CLIP had other weights; name their file with --pretrained",
+    )
     if new["settings"]["eval"]:
         return
     was, now = (config["classnames"] + config["train"] for config in (old, new))
     changed = [*map(repr, sorted(set(was) ^ set(now))), "their order"][0]
-    text = f"{folder} was begun with other classes or training images (see {changed})"
-    require(was == now, f"{text}: restore them, or train in another folder")
+    other = f"classes or training images (see {changed})" if was != now else "test images"
     require(
-        old["tests"] == new["tests"],
-        f"{folder} was begun with other test images: restore them, or train in another folder",
+        was == now and old["tests"] == new["tests"],
+        f"{folder} was begun with other {other}: restore them, or train in another folder",
     )
 
 
@@ -864,20 +885,19 @@ def lock(out: Path) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     while HELD:  # a process makes one run after the other
         os.close(HELD.pop())
-    with contextlib.suppress(ImportError):  # Windows has no such locks
+    try:
         import fcntl
 
         HELD.append(os.open(out, os.O_RDONLY))
-        try:
-            fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # some network disks have none
-            return not isinstance(error, BlockingIOError)
+        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:  # Windows has no such locks, nor some network disks
+        return not isinstance(error, BlockingIOError)
     return True
 
 
 def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
-    """checkpoint.safetensors: what is learned as model/NAME, the optimiser's state as
-    optimizer/I/NAME, and a note (epoch, class names, ...) as JSON."""
+    """checkpoint.safetensors: what is learned as model/NAME, the optimiser's state of its i-th
+    parameter as optimizer/i/NAME, and a note (epoch, class names, ...) as JSON."""
     tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
@@ -886,13 +906,13 @@ def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) 
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU. WHY side by side: a GPU then stops once, not for each of hundreds."""
-    copies = {}
-    for some in data.group(tensors.items(), lambda pair: pair[1].dtype).values():
-        flat = torch.cat([value.detach().flatten() for _, value in some]).cpu()
-        parts = flat.split([value.numel() for _, value in some])
-        copies |= {name: part.view(value.shape) for (name, value), part in zip(some, parts)}
-    return copies
+    """Copies on the CPU. WHY as one row of bytes: a GPU then stops once, not hundreds of times."""
+    raw = [value.detach().flatten().view(torch.uint8) for value in tensors.values()]
+    parts = torch.cat(raw).cpu().split([len(part) for part in raw])
+    return {
+        name: part.clone().view(value.dtype).view(value.shape)  # a clone lies where its type can
+        for (name, value), part in zip(tensors.items(), parts)
+    }
 
 
 def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
@@ -904,15 +924,17 @@ def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None)
             note = json.loads(file.metadata()["note"])
     except Exception as error:  # there is none yet, or it is a foreign or damaged file
         raise UserError(f"{path} cannot be read: {error}") from error
-    learned = {key[6:]: value for key, value in tensors.items() if key.startswith("model/")}
-    load_tensors(module, learned, f"{path} does not fit these flags")
-    states = {}
-    for key in tensors.keys() - {f"model/{key}" for key in learned}:
-        _, i, name = key.split("/")
-        states.setdefault(int(i), {})[name] = tensors[key]
+    load_tensors(module, named(tensors, "model/"), f"{path} does not fit these flags")
     if optimizer:
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        states = {i: named(tensors, f"optimizer/{i}/") for i in range(count)}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
     return note
+
+
+def named(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `start`, by the rest of their names."""
+    return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
 
 
 def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -927,15 +949,17 @@ def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> 
     for epoch in progress(range(first, args.epochs), name):
         start = time.time()
         found = views(epoch)
-        encoding = time.time() - start
+        encoded = time.time()
         yield epoch, found
-        training = time.time() - start - encoding
         left = args.epochs - epoch - 1
         views_left = 0 if args.augment == "none" else min(left, (args.views or args.epochs) - 1)
-        minutes = (left * training + views_left * encoding) / 60
-        if epoch == first and minutes > 2:
-            advice = "less with fewer --epochs, --views 10 or --augment none"
-            print(f"about {minutes:.0f} minutes to go; {advice}", file=sys.stderr)
+        seconds = left * (time.time() - encoded) + views_left * (encoded - start)
+        if epoch == first and seconds > 120:
+            print(
+                f"about {seconds / 60:.0f} minutes to go; less with fewer --epochs, --views 10 or "
+                "--augment none",
+                file=sys.stderr,
+            )
 
 
 def end_epoch(
@@ -946,20 +970,18 @@ def end_epoch(
 
     line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
     """
-    tensors = {name: value.double() for name, value in line.items() if torch.is_tensor(value)}
-    learned = module.state_dict()
-    finite = torch.stack([value.isfinite().all() for value in learned.values()]).all()
-    *values, good = torch.stack([*tensors.values(), finite.double()]).tolist()
-    line = line | dict(zip(tensors, values))
-    bad = [name for name, value in line.items() if not math.isfinite(value)]
-    if bad or not good:
-        bad += [name for name, value in learned.items() if not value.isfinite().all()]
+    learned = {name: (value * 0).sum() for name, value in module.state_dict().items()}  # 0, or nan
+    tensors = {name: x.double() for name, x in (learned | line).items() if torch.is_tensor(x)}
+    read = dict(zip(tensors, torch.stack([*tensors.values()]).tolist()))
+    bad = [name for name, number in (line | read).items() if not math.isfinite(number)]
+    if bad:
         raise FloatingPointError(
             f"{bad[0]} is not finite in epoch {epoch + 1}: "
             "the last checkpoint stays; try a smaller --lr"
         )
     # WHY the line first: after a kill between the two the epoch and its line are done again.
-    lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
+    numbers = {name: read.get(name, value) for name, value in line.items()}
+    lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **numbers}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     needed = optimizer if epoch + 1 < epochs else None
     save_checkpoint(out, module, needed, epoch=epoch + 1, **note)
@@ -999,16 +1021,17 @@ def write_result(
         kept = {"labels": frozen.labels, **row.get("arrays", {})}
         for kind, logits in {"zero_shot": frozen.zero_shot, "tuned": row["tuned"]}.items():
             kept[kind] = probabilities(logits)
-            of_image = outcomes(logits, frozen.labels)
-            kept |= {f"{kind}_{key}": value for key, value in of_image.items()}
+            for key, value in outcomes(logits, frozen.labels).items():
+                kept[f"{kind}_{key}"] = value
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
         arrays[f"{i}/classnames"] = np.array(test.classnames)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
     trained = read_run(args.eval)["settings"] if args.eval else vars(args)
+    decided = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
     training = {"run": os.path.abspath(args.eval or out), "split": task.split,
-                **{key: trained[key] for key in TRAINING}}  # fmt: skip
+                **{key: trained[key] for key in decided}}  # fmt: skip
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
               "split": task.split, "harmonic_mean": harmonic_means(tests, trained["dataset"]),
@@ -1031,11 +1054,11 @@ def harmonic_means(tests: list[dict], trained: str) -> dict[str, float]:
     own = [test for test in tests[1:] if test["dataset"] == first["dataset"] == trained]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
     domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
-    others = new or domains
     means = {}
-    for column, found in measures(first).items() if others else ():
-        rest = [measures(test)[column]["accuracy"] for test in others]
-        means[column] = harmonic_mean(found["accuracy"], sum(rest) / len(rest))
+    for column, found in measures(first).items():
+        rest = [measures(test)[column]["accuracy"] for test in new or domains]
+        if rest:
+            means[column] = harmonic_mean(found["accuracy"], sum(rest) / len(rest))
     return means
 
 
@@ -1050,12 +1073,11 @@ def report(result: dict, out: Path) -> None:
     titles = {"zero_shot": "zero-shot", "baseline": result["baseline_name"],
               "tuned": result["name"]}  # fmt: skip
     first = result["tests"][0]
-    unsaid = (first["dataset"], "", "all")
-    rows = [
-        ["", "images", "", *(titles.get(key, key.replace("_", " ")) for key in measures(first))]
-    ]
+    columns = [titles.get(key, key.replace("_", " ")) for key in measures(first)]
+    rows = [["", "images", "", *columns]]
     for test in result["tests"]:
         words = [test["dataset"], test["domain"], test["classes"]]
+        unsaid = (first["dataset"], "", "all")
         label = " ".join(word for word in words if word not in unsaid) or "all"
         found = measures(test).values()
         kinds = {"accuracy": "accuracy %", "nll": "NLL nats", "ece": "ECE %"}
