@@ -119,7 +119,7 @@ def load_clip(
         reason = str(error)[:1000] or repr(error)
         if "weights_only" in reason:  # torch's advice is to unpickle all the same
             reason = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
-        raise UserError(f"cannot load {model}, weights {pretrained}: {reason}") from error
+        raise UserError(f"cannot load {model} {pretrained or ''}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
@@ -131,24 +131,23 @@ def load_clip(
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
     require(hasattr(text_tower(net), "token_embedding"), f"{name} has no CLIP's text tower")
+    twin = f"{name}-quickgelu"
+    has_twin = os.path.isfile(pretrained or "") and twin in open_clip.list_models()
+    note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
     clip = Clip(
-        net,
+        net.to(device),
         open_clip.transform.image_transform_v2(cfg, is_train=False),
         tokenizer,
         name,
         pretrained or "",
+        device,
         memory_gb=memory_gb,
         scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
+        notes=(note,) if has_twin and activation(net) == "GELU" else (),
     )
-    twin = f"{name}-quickgelu"
-    has_twin = os.path.isfile(clip.pretrained) and twin in open_clip.list_models()
-    if has_twin and activation(net) == "GELU":
-        clip.notes = (f"{name} computes with GELU; weights trained by OpenAI need --model {twin}",)
-    clip = in_precision(check_text_tower(clip), precision, tuned)
-    net.to(device)
-    return dataclasses.replace(clip, device=device)
+    return in_precision(check_text_tower(clip), precision, tuned)
 
 
 def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
@@ -218,12 +217,12 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
 
 
 def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str) -> None:
-    """load_state_dict, or UserError: `fault`, and the first of torch's reasons."""
+    """load_state_dict, or UserError: `fault`, and the first of the reasons that torch gives."""
     try:
         module.load_state_dict(tensors)
-    except RuntimeError as error:  # "Error(s) in loading .." and a line for each
-        reason = str(error).split("\n\t")[1]
-        raise UserError(f"{fault}: see {reason[:200]}") from error
+    except RuntimeError as error:
+        _, _, reasons = str(error).partition("\n\t")  # "Error(s) in loading ..:", and a line each
+        raise UserError(f"{fault}: see {reasons[:200]}") from error
 
 
 def activation(net: torch.nn.Module) -> str:
@@ -383,12 +382,12 @@ def pack(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | 
     tower = text_tower(clip.model)
     table, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
     ids = [token_ids(clip, text, len(position) - before - own) for text in texts]
-    # Of all tokens in order: each text has `size` of them, each row an equal share.
+    # All tokens stand in one line: each text has `size` of them, each row gets an equal share.
     size = torch.tensor([own + len(text) for text in ids])  # [C]
     end = size.cumsum(0)  # [C] where the next text begins
     n_rows = math.ceil(int(end[-1]) / max(1, ROW_LENGTH - before))
     row_of = (end - size) * n_rows // end[-1]  # [C] the row of each text
-    # Of each token its text, its place in the text, its row, its place in the row.
+    # Of each token in that line: its text, its place in the text, its row, its place in the row.
     text = torch.arange(len(ids)).repeat_interleave(size)
     place = count_up(size)
     row = row_of[text]
@@ -481,8 +480,8 @@ def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
 
 def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
     """Unit rows [C, D] of hand-written prompts; of several templates their mean, normalised."""
-    rows = [F.normalize(prompt_features(clip, classnames, t), dim=-1) for t in templates]
-    return F.normalize(torch.stack(rows).mean(dim=0), dim=-1)
+    each = [F.normalize(prompt_features(clip, classnames, t), dim=-1) for t in templates]
+    return F.normalize(torch.stack(each).mean(dim=0), dim=-1)
 
 
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
@@ -646,7 +645,7 @@ FLAGS = {
         "--lr": {"type": float, "help": "peak learning rate"},
         "--augment": {"choices": ["crop", "none", "randaugment"], "help": "of training images"},
         "--views": {"type": int, "metavar": "V", "help": "cached views in turn; 0: always fresh"},
-        "--max-steps": {"type": int, "metavar": "K", "help": "steps an epoch at most, for trials"},
+        "--max-steps": {"type": int, "metavar": "STEPS", "help": "an epoch at most, for trials"},
         "--eval-every": {"type": int, "metavar": "E", "help": "epochs between validations"}},
     "run": {
         "--out-dir": {"type": os.path.expanduser, "metavar": "DIR",
@@ -658,7 +657,7 @@ FLAGS = {
         "--compare": {"action": argparse.BooleanOptionalAction,
                       "help": "train the plain method, too, and show it beside"},
         "--device": {"help": "cpu, cuda, cuda:1"},
-        "--workers": {"type": int, "metavar": "K", "help": "processes that decode images"},
+        "--workers": {"type": int, "metavar": "COUNT", "help": "processes that decode images"},
         "--cache-dir": {"type": os.path.expanduser, "metavar": "DIR",
                         "help": "folder of cached image features, or none"}},
 }
@@ -853,13 +852,11 @@ def compare_runs(old: dict, new: dict, folder: str) -> None:
         old["weights"] == new["weights"],
         f"{folder}: its CLIP had other weights; name their file with --pretrained",
     )
-    if new["settings"]["eval"]:
-        return
     was, now = (config["classnames"] + config["train"] for config in (old, new))
     changed = [*map(repr, sorted(set(was) ^ set(now))), "their order"][0]
     other = f"classes or training images (see {changed})" if was != now else "test images"
     require(
-        was == now and old["tests"] == new["tests"],
+        new["settings"]["eval"] or (was == now and old["tests"] == new["tests"]),
         f"{folder} was begun with other {other}: restore them, or train in another folder",
     )
 
