@@ -509,8 +509,8 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
         if cache:
             write(path, safetensors.torch.save({"features": features.cpu()}))
     except OSError as error:
-        told = f"{error.strerror}: name another --cache-dir, or none"
-        raise OSError(error.errno, told, str(path)) from error
+        advice = f"{error.strerror}: name another --cache-dir, or none"
+        raise OSError(error.errno, advice, str(path)) from error
     return features, labels
 
 
@@ -686,6 +686,7 @@ TESTED = {"dataset", "classes", "test_on", "test_part", "template", "train_domai
 # fmt: on
 
 
+# Flags and settings
 def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> data.Parser:
     """A method's own flags, then those of all scripts, each with its default on toy and other data.
 
@@ -722,8 +723,8 @@ def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argpar
         "resume" not in typed or not typed.keys() & {"eval", "out_dir"},
         "--resume RUN names the run's folder: leave out --eval and --out-dir",
     )
-    stored = inherited(typed, method)
-    first = {"dataset": defaults({"dataset": "toy_"})["dataset"]} | stored | typed
+    toy = defaults({"dataset": "toy_"})["dataset"]  # what runs without --dataset
+    first = {"dataset": toy} | inherited(typed, method) | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     if args.model == "toyclip" or ":" in args.model:  # the default weights are another model's
         args.pretrained = first.get("pretrained")
@@ -817,6 +818,7 @@ def settle_device(args: argparse.Namespace) -> None:
     args.memory_gb = args.memory_gb or total / 2e9
 
 
+# The run folder
 def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) -> Path:
     """Make or find the run folder, write config.json, print what is done on what."""
     config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
@@ -892,6 +894,7 @@ def lock(out: Path) -> bool:
     return True
 
 
+# Checkpoints and epochs
 def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
     """checkpoint.safetensors: what is learned as model/NAME, the optimiser's state of its i-th
     parameter as optimizer/i/NAME, and a note (epoch, class names, ...) as JSON."""
@@ -990,6 +993,7 @@ def read_metrics(out: Path) -> list[dict]:
     return list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
 
 
+# Results
 def write_result(
     out: Path,
     name: str,
