@@ -505,12 +505,12 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
             clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
             for batch, _, _ in data.load_images(images, lists, args, "encode images")
         ])  # fmt: skip
-    try:
-        if cache:
+    if cache:
+        try:
             write(path, safetensors.torch.save({"features": features.cpu()}))
-    except OSError as error:
-        advice = f"{error.strerror}: name another --cache-dir, or none"
-        raise OSError(error.errno, advice, str(path)) from error
+        except OSError as error:
+            advice = f"{error.strerror}: name another --cache-dir, or none"
+            raise OSError(error.errno, advice, str(path)) from error
     return features, labels
 
 
