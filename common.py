@@ -871,7 +871,7 @@ def claim_folder(args: argparse.Namespace) -> Path:
     for k in itertools.count(1):
         out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
         # read_run: the config.json of another program is not ours to replace.
-        empty = not Path(out, "config.json").exists() or (read_run(out) and not begun(out))
+        empty = not begun(out) and (not Path(out, "config.json").exists() or read_run(out))
         if (empty or args.resume) and lock(out):
             return out
         fault = "is in use: wait for it" if args.resume or empty else "holds a run: --resume it"
