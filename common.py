@@ -947,7 +947,7 @@ def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> 
 
 
 def end_epoch(
-    out: Path, epoch: int, epochs: int, module: torch.nn.Module, optimizer, line: dict, **note
+    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, last=False, **note
 ) -> None:
     """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
     last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
@@ -969,8 +969,7 @@ def end_epoch(
     # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    needed = optimizer if epoch + 1 < epochs else None
-    save_checkpoint(out, module, needed, epoch=epoch + 1, **note)
+    save_checkpoint(out, module, None if last else optimizer, epoch=epoch + 1, **note)
 
 
 def read_metrics(out: Path) -> list[dict]:

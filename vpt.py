@@ -377,7 +377,8 @@ def train(
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
         note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+        last = epoch + 1 == args.epochs
+        common.end_epoch(out, epoch, learner, optimizer, line, last=last, **note)
     return learner
 
 

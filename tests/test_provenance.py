@@ -282,8 +282,8 @@ def test_finiteness_is_read_once(monkeypatch):
     kept = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or kept(self))
     line = {"lr": 0.1, "loss": torch.tensor(0.5)}
-    common.end_epoch(Path("run"), 0, 2, module, None, line)
+    common.end_epoch(Path("run"), 0, module, None, line)
     assert len(reads) == 1 and common.read_metrics(Path("run"))[0] == line | {"epoch": 0}
     module.weight.data[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match="weight is not finite in epoch 2"):
-        common.end_epoch(Path("run"), 1, 2, module, None, line)
+        common.end_epoch(Path("run"), 1, module, None, line)
