@@ -135,7 +135,7 @@ def test_an_epochs_end_waits_a_few_times(layers):
         optimizer.step()
         reads.clear()
         line = {"lr": 0.1, "loss": torch.ones((), device="cuda")}
-        common.end_epoch(Path("run"), 0, 2, learner, optimizer, line)
+        common.end_epoch(Path("run"), 0, learner, optimizer, line)
         assert reads.total() <= 3  # of the line; of the checkpoint, for each of two types
 
 
