@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,14 @@ KERNELS = {  # as other processors have: another order of rounding
     "other kernels": ("avx2", "AVX2", "AVX2"),
     "older kernels": ("default", "COMPATIBLE", "SSE41"),
 }
+WHAT_IS_SHOWN = """Mean ± standard deviation over seeds, of each seed's mean over tasks; differences
+are paired, ± standard error (pictures: standard errors). "H" is the mean of each run's H, "H of
+means" the papers': of accuracies averaged over tasks and seeds. An ensemble averages logits."""
+PLANES = {  # tables whose first two columns are drawn: file, axes
+    "VPT, six tasks": ("base_new", "base classes, accuracy in %", "new classes, accuracy in %"),
+    "ProReg 3e-4, toy_shapes_biased": (
+        "all_ood", "in distribution, accuracy in %", "other scenes and styles, accuracy in %"),
+}  # fmt: skip
 SHOTS = {1: 50, 2: 100, 4: 200, 8: 200, 16: 200}  # and epochs that take the default's steps
 MORE_SHOTS = ["--shots", "16", "--epochs", "10"]
 MIXTURES = ["--ensemble", "0.3", "0.5", "0.7", "--wise-ft", "0.3", "0.5", "0.7"]
@@ -60,6 +69,11 @@ def study() -> list[tuple[str, dict, list[str]]]:
     # Twice as many classes take half of the epochs for as many steps; so does VPT with 16 shots.
     whole = {k: ["--classes", "all", "--epochs", str(epochs)] for k, epochs in SHOTS.items()}
     curves = {"part": "curves", "shots": 4}
+    views = {f"{name}, {title} views": [*rules[name], "--views", v]
+             for name in ("ProGrad", "CoOp") for v, title in (("0", "fresh"), ("10", "10"))}
+    # As released: the head at 100 times a rate of 1e-5. Batches and epochs are the prompts'.
+    probe = {"linear probe": ["--train", "head", "--loss", "ce", "--lr", "1e-5",
+                              "--head-lr-factor", "100", "--batch-size", "32"]}
     plans = [  # script, tasks, methods, flags of all, what the runs are
         ("prograd", PROMPT_TASKS, rules | shares, [], shots[4]),
         *[("proreg", data.world.SHORTCUT, losses, ["--lr", rate], {"part": f"ProReg {rate}"})
@@ -74,6 +88,9 @@ def study() -> list[tuple[str, dict, list[str]]]:
           for k in SHOTS],
         ("vpt", PROMPT_TASKS, vpt, [*MORE_SHOTS, "--posterior", "image"],
          {"part": "VPT, image posterior, 16 shots"}),
+        ("prograd", PROMPT_TASKS, views, ["--augment", "crop"], {"part": "views", "shots": 4}),
+        *[("proreg", PROMPT_TASKS, probe, whole[k], {"part": "all classes", "shots": k})
+          for k in SHOTS],
     ]
     runs = []
     for script, tasks, methods, flags, what in plans:
@@ -130,57 +147,44 @@ def run_study(jobs: int) -> None:
 
 
 # 2. TABLES ----------------------------------------------------------------------------------------
-def by_seed(rows: list[dict], value) -> dict[int, float]:
-    """{seed: mean over tasks of value(row)}."""
-    found = defaultdict(list)
-    for row in rows:
-        found[row["what"]["seed"]].append(value(row))
-    return {seed: statistics.mean(values) for seed, values in sorted(found.items())}
-
-
-def measure(column: str, kind: str = "tuned"):
-    """A function row → what the column names: accuracy (%), "base NLL" (0.01 nats), "new ECE" (%);
-    "H" of accuracies; "OOD", their mean over the other domains."""
+def value(row: dict, column: str, kind: str) -> float:
+    """What the column names of a run: accuracy (%), "base NLL" (0.01 nats), "new ECE" (%); "H" of
+    accuracies; "OOD", their mean over the other domains."""
     test, _, what = column.partition(" ")
+    if test == "H":
+        return row["H"][kind]
     index, factor = {"NLL": (1, 100), "ECE": (2, 1)}.get(what, (0, 1))
-
-    def read(row: dict) -> float:
-        if test == "H":
-            return row["H"][kind]
-        names = [name for name in row["tests"] if name not in ("all", "base", "new")]
-        found = [row["tests"][name][kind][index] for name in (names if test == "OOD" else [test])]
-        return factor * statistics.mean(found)
-
-    return read
+    others = [name for name in row["tests"] if name not in ("all", "base", "new")]
+    found = [row["tests"][name][kind][index] for name in (others if test == "OOD" else [test])]
+    return factor * statistics.mean(found)
 
 
-def mean_and_error(rows: list[dict], column: str, kind: str = "tuned") -> tuple[float, float]:
-    values = list(by_seed(rows, measure(column, kind)).values())
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+def by_seed(rows: list[dict], column: str, method: str, kind: str = "tuned") -> dict[int, float]:
+    """{seed: mean over tasks}; "H of means", of accuracies averaged before: {0: H}."""
+    rows = [row for row in rows if row["what"]["method"] == method]
+    if column == "H of means":
+        sides = ("base", "new") if "base" in rows[0]["tests"] else ("all", "OOD")
+        found = [statistics.mean(value(row, side, kind) for row in rows) for side in sides]
+        return {0: common.harmonic_mean(*found)}
+    seeds = data.group(rows, lambda row: row["what"]["seed"])
+    return {seed: statistics.mean(value(row, column, kind) for row in seeds[seed])
+            for seed in sorted(seeds)}  # fmt: skip
 
 
-def select(runs: dict, **wanted) -> list[dict]:
-    return [row for row in runs.values() if wanted.items() <= row["what"].items()]
-
-
-def lines_of(runs: dict, methods: list, tests: list[str], base: str, rival="", **wanted) -> list:
-    """A table: zero-shot, each (title, method, kind), and its paired difference to `base`; of those
-    that are neither to `rival`, too."""
-    first = select(runs, method=base, **wanted)
-    zero = [list(by_seed(first, measure(test, "zero_shot")).values()) for test in tests]
-    out = [["", *tests], ["zero-shot", *[table.spread(values).split(" ±")[0] for values in zero]]]
+def lines_of(rows: list[dict], methods: list, columns: list[str], rivals: list[str]) -> list:
+    """A table: zero-shot, each (title, method, kind), and its paired differences to the rivals; a
+    rival's to the first of them."""
+    zero = [by_seed(rows, column, rivals[0], "zero_shot") for column in columns]
+    out = [["", *columns], ["zero-shot", *[f"{statistics.mean(v.values()):.1f}" for v in zero]]]
     for title, method, kind in methods:
-        found = [by_seed(select(runs, method=method, **wanted), measure(t, kind)) for t in tests]
-        if not found[0]:
-            continue
-        cells = [table.spread(list(values.values())) for values in found]
+        found = [by_seed(rows, column, method, kind) for column in columns]
+        cells = [table.spread([*values.values()]) for values in found]
         out.append([f"{title} ({len(found[0])} seeds)", *cells])
-        others = [base, rival] if rival and method not in (base, rival) else [base]
-        for other in others if (method, kind) != (base, "tuned") else ():
-            rest = [by_seed(select(runs, method=other, **wanted), measure(t)) for t in tests]
-            pairs = [[a[seed] - b[seed] for seed in a.keys() & b.keys()]
-                     for a, b in zip(found, rest)]  # fmt: skip
-            out.append([f"… minus {other}", *[table.difference(pair) for pair in pairs]])
+        for rival in rivals[:1] if method in rivals else rivals:
+            rest = [by_seed(rows, column, rival) for column in columns]
+            pairs = [[a[seed] - b[seed] for seed in a] for a, b in zip(found, rest)]
+            if (method, kind) != (rivals[0], "tuned"):
+                out.append([f"… minus {rival}", *map(table.difference, pairs)])
     return out
 
 
@@ -188,38 +192,44 @@ def curves_of(runs: dict, methods: list[str]) -> tuple[list, dict]:
     """A table of what a run's epochs show, means over tasks and seeds; and accuracy to be drawn."""
     lines, drawn = [], {}
     for method in methods:
-        points = list(zip(*(row["curve"] for row in select(runs, part="curves", method=method))))
-        epochs = [rows[0][0] for rows in points]
+        rows = [row for row in runs.values() if ("curves", method) == (
+            row["what"]["part"], row["what"]["method"])]  # fmt: skip
+        points = [list(zip(*epoch)) for epoch in zip(*(row["curve"] for row in rows))]
+        epochs = [point[0][0] for point in points]
         for k, what in enumerate(("accuracy on validation images, %", "cosine", "conflicts"), 1):
-            values = [statistics.mean(row[k] for row in rows) for rows in points]
-            cells = [f"{value:.1f}" if k == 1 else f"{value:.2f}" for value in values]
-            lines.append([f"{method}: {what}", *cells])
+            values = [statistics.mean(point[k]) for point in points]
+            lines.append([f"{method}: {what}", *[f"{v:.{1 if k == 1 else 2}f}" for v in values]])
             if k == 1:
-                drawn[method] = [(epoch, value, 0.0) for epoch, value in zip(epochs, values)]
+                drawn[method] = [(*point, 0, 0) for point in zip(epochs, values)]
     return [["epoch", *map(str, epochs)], *lines], drawn
 
 
 def sections() -> list[tuple]:
-    """(title, methods, columns, base, rival, which runs) of every table."""
-    rules = ["CoOp", "ProGrad", "CE + KL", "ProGrad, λ = 0.8", "ProGrad, λ = 0.5"]
+    """(title, (title, method, kind) of each line, columns, rivals, which runs) of every table."""
+    rules = ["CoOp", "ProGrad", "CE + KL", "ProGrad, λ = 0.8", "ProGrad, λ = 0.5", "linear probe"]
     prompts = ["deterministic", "VPT", "VPT u = 0.2", "VPT u = 10"]
     losses = ["fine-tuning", "ProReg", "KD"]
     rules, prompts, losses = ([(m, m, "tuned") for m in ms] for ms in (rules, prompts, losses))
     prompts += [("VPT, mean residual", "VPT", "mean_residual")]
+    # An ensemble averages logits, WiSE-FT weights; the number is zero-shot's share.
     losses += [(f"{kind} {a} zero-shot", "fine-tuning", f"{kind} {a}")
                for kind in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]  # fmt: skip
-    both = ["base", "new", "H", "base NLL", "new NLL", "base ECE", "new ECE"]
+    both = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
     found = []
-    for part, tests in (("base to new", both), ("all classes", ["all", "all NLL", "all ECE"])):
-        for shots in SHOTS:
-            title = f"ProGrad, {part}, {shots} shots, six tasks"
-            found.append((title, rules, tests, "CoOp", "CE + KL", {"part": part, "shots": shots}))
+    for part, columns in (("base to new", both), ("all classes", ["all", "all NLL", "all ECE"])):
+        for k in SHOTS:
+            what, rivals = {"part": part, "shots": k}, ["CoOp", "CE + KL"]
+            found.append((f"ProGrad, {part}, {k} shots, six tasks", rules, columns, rivals, what))
     for part in ("VPT", "VPT, 16 shots", "VPT, image posterior", "VPT, image posterior, 16 shots"):
-        found.append((f"{part}, six tasks", prompts, both, "deterministic", "", {"part": part}))
-    for task in data.world.SHORTCUT:
-        for part in ("ProReg 3e-4", "ProReg 1e-4"):
-            tests, runs = ["all", "OOD", "H"], {"part": part, "task": task}
-            found.append((f"{part}, {task}", losses, tests, "fine-tuning", "KD", runs))
+        found.append((f"{part}, six tasks", prompts, both, ["deterministic"], {"part": part}))
+    for task, rate in itertools.product(data.world.SHORTCUT, ("3e-4", "1e-4")):
+        what, rivals = {"part": f"ProReg {rate}", "task": task}, ["fine-tuning", "KD"]
+        columns = ["all", "OOD", "H", "H of means"]
+        found.append((f"ProReg {rate}, {task}", losses, columns, rivals, what))
+    for name in ("ProGrad", "CoOp"):
+        lines = [(m, m, "tuned") for m in (f"{name}, fresh views", f"{name}, 10 views")]
+        title = f"Random crops, fresh in every epoch or 10 in turn, {name}, 4 shots, six tasks"
+        found.append((title, lines, both, [lines[0][0]], {"part": "views"}))
     return found
 
 
@@ -227,31 +237,40 @@ def write_tables() -> None:
     runs = read_runs()
     missing = sum(key(what) not in runs for _, what, _ in study())
     data.require(not missing, f"{missing} runs are not done yet: go on with toy_study.py run")
-    parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %"]
-    parts.append("Means ± standard deviation over seeds; differences are paired, ± standard error.")
-    shots, pictures = defaultdict(list), {}
-    axes = {"VPT": ("base", "new"), "ProReg 3e-4": ("all", "OOD")}
-    for title, methods, columns, base, rival, wanted in sections():
-        parts.append(f"\n## {title}")
-        parts.append(table.markdown(lines_of(runs, methods, columns, base, rival, **wanted)))
-        shown = [("zero-shot", base, "zero_shot"), *methods]
-        found = {title: (select(runs, method=method, **wanted), k) for title, method, k in shown}
+    parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %", WHAT_IS_SHOWN]
+    shots, planes = defaultdict(list), {}
+    for title, methods, columns, rivals, wanted in sections():
+        rows = [row for row in runs.values() if wanted.items() <= row["what"].items()]
+        ran = {row["what"]["method"] for row in rows}
+        methods = [line for line in methods if line[1] in ran]
+        parts += [f"\n## {title}", table.markdown(lines_of(rows, methods, columns, rivals))]
+        shown = [("zero-shot", rivals[0], "zero_shot"), *methods]
         if wanted["part"] == "base to new":
-            for name in ("CoOp", "ProGrad", "CE + KL"):
-                shots[name].append((wanted["shots"], *mean_and_error(found[name][0], "H")))
-        if wanted["part"] in axes and wanted.get("task") != "toy_shapes_unbiased":
-            x, y = axes[wanted["part"]]
-            points = {name: [(mean_and_error(rows, x, k)[0], *mean_and_error(rows, y, k))]
-                      for name, (rows, k) in found.items()}  # fmt: skip
-            pictures[f"{x}_{y}".lower()] = points, f"{x}, accuracy in %", f"{y}, accuracy in %"
-    lines, drawn = curves_of(runs, ["CoOp", "ProGrad", "CE + KL"])
+            for name, *which in shown[:4]:
+                shots[name].append((wanted["shots"], *mean_and_error(rows, "H", *which), 0))
+        if title in PLANES:
+            drawn = defaultdict(list)
+            for name, *which in shown:
+                x, y = (mean_and_error(rows, column, *which) for column in columns[:2])
+                share = re.sub(" 0.[357] zero-shot", " with zero-shot", name)  # three joined points
+                drawn[share].append((x[0], *y, x[1]))
+            planes[title] = drawn
+    lines, curves = curves_of(runs, ["CoOp", "ProGrad", "CE + KL"])
     parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(lines)]
-    pictures["curves"] = drawn, "epoch", "accuracy on validation images of base classes, %"
-    pictures["shots"] = shots, "training images a class", "H of base and new, %", True
-    for name, picture in pictures.items():
-        data.write(RESULTS / f"{name}.svg", table.plot(*picture).encode())
     data.write(RESULTS / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))
+    bars = "bars: ± standard error over 5 seeds"
+    table.draw({"": shots}, RESULTS / "shots.svg", "training images a class",
+               "H of base and new accuracy, %", bars, shots=True)  # fmt: skip
+    table.draw({"": curves}, RESULTS / "curves.svg", "epoch",
+               "accuracy on validation images of base classes, %", "")  # fmt: skip
+    for title, (name, x_title, y_title) in PLANES.items():
+        table.draw({"": planes[title]}, RESULTS / f"{name}.svg", x_title, y_title, bars)
+
+
+def mean_and_error(rows: list[dict], column: str, *which: str) -> tuple[float, float]:
+    values = list(by_seed(rows, column, *which).values())
+    return statistics.mean(values), table.standard_error(values)
 
 
 # 3. STABILITY -------------------------------------------------------------------------------------

@@ -1,0 +1,146 @@
+"""What was published beside what was measured: `table.py RUNS --papers`.
+
+papers.csv has a published figure a row, and the public file in which it was read. It stands beside
+ours where protocol, backbone, method, dataset, classes, test set, shots, template and all settings
+that matter are the paper's. Where they are not, no figure is shown, but what differs.
+"""
+
+import csv
+import statistics
+from pathlib import Path
+
+import table
+
+import common
+import data
+
+FIELDS = "protocol backbone method dataset classes test_on shots template accuracy source note"
+SHIFTED = {"imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
+# Settings that a column of papers.csv speaks of, or that change no figure.
+SAID = {"dataset", "shots", "classes", "test_on", "template", "model", "pretrained", "paper",
+        "method", "precision"} | table.FREE  # fmt: skip
+# CoOp is λ = 0 from a random start; ProGrad++ a ProGrad with many templates.
+OWN = {"CoOp": {"lam": 0.0, "init": "random"}, "ProGrad++": {"teacher": "ensemble"}}
+UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
+
+
+def read_papers() -> list[dict]:
+    with open(Path(__file__).with_name("papers.csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def method_of(row: table.Row, kind: str, settings: dict) -> str | None:
+    """The method's name in papers.csv; None where its training is not a published one's."""
+    name = {"zero_shot": "zero-shot", "baseline": row.baseline, "tuned": row.name}[kind]
+    if name == "CoOp" and settings["method"] != "prograd":
+        return None  # vpt.py's deterministic base is trained as VPT is
+    many = name == "ProGrad" and settings["teacher"] == "ensemble"
+    return "ProGrad++" if many else name
+
+
+def tests_of(result: dict, column: str) -> list[dict]:
+    """The test sets that a column of the table is of."""
+    first, *rest = result["tests"]
+    named = [t for t in [first, *rest] if table.test_name(t, first["dataset"]) == column]
+    away = [test for test in rest if test["dataset"] != first["dataset"]]
+    return named or (away if column == f"mean of {len(away)} others" else [first])
+
+
+def place(row: table.Row, column: str, kind: str) -> tuple:
+    """Where a figure of ours stands in papers.csv: (dataset, test_on, classes)."""
+    result = next(iter((row.parts or [row])[0].results.values()))
+    test = tests_of(result, column)[0]
+    trained = result["training"]["dataset"]
+    classes = "H" if column == "H of means" else test["classes"]
+    if row.parts:
+        eleven = {part.dataset for part in row.parts} == set(table.ELEVEN)
+        return "mean of 11" if eleven else row.dataset, "", classes
+    if column.startswith("mean of "):
+        return trained, column.removesuffix(" others"), classes
+    if kind == "zero_shot":  # what it is tested on is all that counts
+        return test["dataset"], "", classes
+    return trained, "" if test["dataset"] == trained else test["dataset"], classes
+
+
+def stands_at(paper: dict, kind: str) -> tuple:
+    """The same of a row of papers.csv."""
+    dataset, test_on = paper["dataset"], paper["test_on"]
+    if kind == "zero_shot" and test_on:
+        dataset, test_on = test_on, ""
+    return dataset, test_on, paper["classes"]
+
+
+def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]:
+    """What differs between a figure of ours and a published one, as {text: None}."""
+    if row.parts:
+        return {gap: None for part in row.parts for gap in gaps(part, kind, column, paper)}
+    result = next(iter(row.results.values()))
+    settings, trained, tests = result["settings"], result["training"], tests_of(result, column)
+    local = Path(settings["pretrained"] or "").exists()  # zero-shot tells whose weights it has
+    pairs = [
+        ("backbone", settings["model"].removesuffix("-quickgelu"), paper["backbone"]),
+        ("pretrained", "openai" if local else settings["pretrained"], "openai"),
+        ("test_part", settings["test_part"], "test"),
+    ]
+    templates = [(test["dataset"], test["template"]) for test in tests]
+    if kind != "zero_shot":
+        templates.append((trained["dataset"], trained["template"]))
+        away = {test["dataset"] for test in result["tests"]} - {trained["dataset"]}
+        inside = "base-to-new" if trained["classes"] == "base" else "few-shot"
+        outside = "domain-generalisation" if away <= SHIFTED else "cross-dataset"
+        pairs.append(("protocol", outside if away else inside, paper["protocol"]))
+        pairs.append(("shots", str(trained["shots"]), paper["shots"]))
+        usual = common.DEFAULTS | table.defaults_of(settings | {"paper": True})
+        usual |= OWN.get(paper["method"], {})
+        unread = SAID | UNREAD.get(paper["method"], set())
+        pairs += [(k, v, usual.get(k)) for k, v in settings.items() if k not in unread]
+    for dataset, template in templates:
+        own = data.SOURCES[dataset].template
+        pairs.append(("template", template, paper["template"].replace("dataset", own)))
+    return {f"{what} {ours} (published: {its})": None for what, ours, its in pairs if ours != its}
+
+
+def beside(rows: list[table.Row]) -> list[str]:
+    """Our figures beside the published ones, as lines of text; then the sources."""
+    published = read_papers()
+    lines, warnings = [["", "", "here", "published", "difference"]], []
+    sources, unknown, shown = {}, {}, set()
+    columns = [(row, *column) for row in rows for column in row.figures]
+    for row, column, kind in columns:
+        if kind not in ("zero_shot", "baseline", "tuned") or column in ("H", *table.SIDES):
+            continue
+        result = next(iter((row.parts or [row])[0].results.values()))
+        here = statistics.mean(row.figures[column, kind].values())
+        where = place(row, column, kind)
+        if (kind, result["clip"], where, here) in shown:  # zero-shot stands in every row
+            continue
+        shown.add((kind == "zero_shot" and kind, result["clip"], where, here))
+        method = method_of(row, kind, result["settings"])
+        alike = [p for p in published if (p["method"], stands_at(p, kind)) == (method, where)]
+        told = sorted(
+            [(list(gaps(row, kind, column, p)), p) for p in alike], key=lambda x: len(x[0])
+        )
+        name = [row.label, f"{table.title_of(row, kind)}, {column}", f"{here:.2f}"]
+        same = [paper for gap, paper in told if not gap]
+        for paper in same:
+            mark = sources.setdefault((paper["source"], paper["note"]), len(sources) + 1)
+            off = here - float(paper["accuracy"])
+            lines.append([*name, f"{paper['accuracy']} [{mark}]", f"{off:+.2f}"])
+        if told and not same:
+            lines.append([*name, f"none: {'; '.join(told[0][0])}", ""])
+        if not told and row.name != "untrained start":
+            unknown[" ".join([table.title_of(row, kind), *filter(None, where)])] = None
+        far = same and min(abs(here - float(paper["accuracy"])) for paper in same) > 0.5
+        if kind == "zero_shot" and far:
+            warnings.append(f"warning: {name[0]}: zero-shot is {here:.2f}, published "
+                            f"{same[0]['accuracy']}: {what_it_is(result, column)}")  # fmt: skip
+    marks = [f"[{i}] {source}{f' ({note})' * bool(note)}" for (source, note), i in sources.items()]
+    none = [f"papers.csv has no figure of: {'; '.join(unknown)}"] if unknown else []
+    return [table.markdown(lines), "", *marks, *none, *warnings]
+
+
+def what_it_is(result: dict, column: str) -> str:
+    settings, test = result["settings"], tests_of(result, column)[0]
+    return ("other weights, template or test images? Here: "
+            f"{settings['model']} {settings['pretrained']}, fingerprint {result['clip'][:8]}; "
+            f"{test['template']!r}; {test['n']} images of {test['dataset']}")  # fmt: skip
