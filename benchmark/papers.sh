@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Prints the papers' runs, one command a line:
 #   bash benchmark/papers.sh METHOD PROTOCOL [DATA_ROOT] [-- FLAGS of every line...]
-#     prograd: few-shot base-to-new cross-dataset domain-generalisation
+#     prograd: few-shot base-to-new cross-dataset domain-generalisation      proreg: id-ood
+#     vpt: base-to-new cross-dataset domain-generalisation
 #     coop (as published: λ = 0 from a random start): few-shot domain-generalisation
-#     vpt: base-to-new cross-dataset domain-generalisation      proreg: id-ood
 #   bash benchmark/papers.sh zero-shot [DATA_ROOT] [-- FLAGS...]    nothing is trained: run it first
 # To run them (a line that is started again goes on where it was):
 #   bash benchmark/papers.sh prograd few-shot /data -- --workers 4 > runs.txt
@@ -11,33 +11,27 @@
 #   parallel -j 4 --lb --tagstring {#} < runs.txt                       a line's number before its log
 #   parallel -j 4 --lb --tagstring {#} 'CUDA_VISIBLE_DEVICES=$(({%} - 1)) sh -c {}' < runs.txt
 #   sbatch --array=1-165 --gpus=1 --wrap 'sed -n "${SLURM_ARRAY_TASK_ID}p" runs.txt | sh'
-#   python benchmark/table.py --list runs.txt                           finished, begun, missing
 set -euo pipefail
 method=${1:?METHOD: zero-shot, prograd, coop, vpt or proreg} protocol=zero-shot
 [ "$method" = zero-shot ] || { protocol=${2:?PROTOCOL, see the head of this file}; shift; }
 root=data; if [ $# -gt 1 ] && [ "$2" != -- ]; then root=$2; shift; fi
-[ $# = 1 ] || [ "$2" = -- ] || { echo "error: $2: flags come after --" >&2; exit 2; }
+[ $# = 1 ] || [ "$2" = -- ] || { echo "error: $2: flags stand after --" >&2; exit 2; }
 few="caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
 shifts="imagenetv2 imagenet_sketch imagenet_a imagenet_r"
 untrained="--shots 1 --epochs 0 --no-compare" compare=--compare k=16 script=$method mark="'\\''"
-case $method in
-prograd) k=4 ;;
-coop) script=prograd compare="--lam 0 --init random" ;;
-zero-shot) script=prograd ;;
-esac
-quoted() { local word; for word; do printf " '%s'" "${word//\'/$mark}"; done; }  # as sh reads it
-more=$(quoted "${@:3}") data=$(quoted "$root")
-[[ $root = *[!A-Za-z0-9_./-]* ]] || data=" $root"
-call() {  # NAME FLAGS...: a run in a folder of its own
-  echo "python $script.py --data-root$data --paper --resume runs/$protocol/$method-$1 ${*:2}${more% \'\'}"
-}
+[ $method != prograd ] || k=4
+[ $method != coop ] || compare="--lam 0 --init random"
+[[ $method != coop && $method != zero-shot ]] || script=prograd
+plain='[A-Za-z0-9_./-]+'  # else a word stands in '...', as sh reads it
+quoted() { for word; do [[ $word =~ ^$plain$ ]] || word="'${word//\'/$mark}'"; echo -n " $word"; done; }
+head="python $script.py --data-root$(quoted "$root") --paper --resume runs/$protocol/$method" more=$(quoted "${@:3}")
+call() { echo "$head-$1 ${*:2}$more"; }  # NAME FLAGS...: a run in a folder of its own
 for seed in 1 2 3; do
   case "$method $protocol" in
   "zero-shot zero-shot")
     for set in imagenet $few; do call $set --dataset $set $untrained; done
     call shifts --dataset imagenet $untrained --test-on $shifts
-    for set in bar nico_animal nico_vehicle pacs domainnet; do  # ProReg's
-      call $set --dataset $set $untrained --model ViT-B-32
+    for set in bar nico_animal nico_vehicle pacs domainnet; do call $set --dataset $set $untrained --model ViT-B-32
     done; break ;;
   "prograd few-shot" | "coop few-shot")
     for set in imagenet $few; do for k in 1 2 4 8 16; do
