@@ -104,7 +104,7 @@ def beside(rows: list[table.Row]) -> list[str]:
     """Our figures beside the published ones, as lines of text; then the sources."""
     published = read_papers()
     lines, warnings = [["", "", "here", "published", "difference"]], []
-    sources, unknown, shown = {}, {}, set()
+    sources, shown = {}, set()
     columns = [(row, *column) for row in rows for column in row.figures]
     for row, column, kind in columns:
         if kind not in ("zero_shot", "baseline", "tuned") or column in ("H", *table.SIDES):
@@ -112,9 +112,10 @@ def beside(rows: list[table.Row]) -> list[str]:
         result = next(iter((row.parts or [row])[0].results.values()))
         here = statistics.mean(row.figures[column, kind].values())
         where = place(row, column, kind)
-        if (kind, result["clip"], where, here) in shown:  # zero-shot stands in every row
+        zero_shot = (result["clip"], where, here) if kind == "zero_shot" else None
+        if zero_shot in shown:  # it stands in many rows
             continue
-        shown.add((kind == "zero_shot" and kind, result["clip"], where, here))
+        shown |= {zero_shot} - {None}
         method = method_of(row, kind, result["settings"])
         alike = [p for p in published if (p["method"], stands_at(p, kind)) == (method, where)]
         told = sorted(
@@ -128,15 +129,13 @@ def beside(rows: list[table.Row]) -> list[str]:
             lines.append([*name, f"{paper['accuracy']} [{mark}]", f"{off:+.2f}"])
         if told and not same:
             lines.append([*name, f"none: {'; '.join(told[0][0])}", ""])
-        if not told and row.name != "untrained start":
-            unknown[" ".join([table.title_of(row, kind), *filter(None, where)])] = None
         far = same and min(abs(here - float(paper["accuracy"])) for paper in same) > 0.5
         if kind == "zero_shot" and far:
             warnings.append(f"warning: {name[0]}: zero-shot is {here:.2f}, published "
                             f"{same[0]['accuracy']}: {what_it_is(result, column)}")  # fmt: skip
     marks = [f"[{i}] {source}{f' ({note})' * bool(note)}" for (source, note), i in sources.items()]
-    none = [f"papers.csv has no figure of: {'; '.join(unknown)}"] if unknown else []
-    return [table.markdown(lines), "", *marks, *none, *warnings]
+    none = "Of what is not listed, papers.csv has no figure."
+    return [table.markdown(lines), none, "", *marks, *warnings]
 
 
 def what_it_is(result: dict, column: str) -> str:

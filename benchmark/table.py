@@ -68,7 +68,7 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         told = {"clip", "training", "name"} <= result.keys()
         require(told, f"{folder} is of an older version and does not say what its figures are of")
         settings, seed = result["settings"], result["training"]["seed"]
-        name = result["name"] if settings.get("epochs") else "untrained start"
+        name = result["name"] if settings.get("epochs", 1) else "untrained start"
         row = Row(name, result["baseline_name"], settings["dataset"], settings["shots"])
         row = rows.setdefault(json.dumps(identity(result), sort_keys=True), row)
         twice = f"{folder} has the training or the seed ({seed}) of another run with equal settings"
@@ -161,10 +161,11 @@ def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
         mean.label = " ".join(words + differing(variant(mean), alike))
         seeds = set.intersection(*(set(row.results) for row in group))
         every = set.union(*(set(row.results) for row in group))
-        lacks = [f"{row.dataset} seed {seed} (so that the mean is without this seed)"
+        lacks = [f"seed {seed} of {row.dataset} (left out of all)"
                  for row in group for seed in sorted(every - set(row.results))]  # fmt: skip
         if set(names) < set(ELEVEN):
-            lacks += [f"{name} (of the papers' eleven)" for name in ELEVEN if name not in names]
+            rest = [name for name in ELEVEN if name not in names]
+            lacks.append(f"of the papers' eleven {', '.join(rest)}")
         notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
         if len(set(names)) < len(names):
             notes.append(f"{mean.label}: none, since a dataset is there twice")
@@ -268,9 +269,9 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=
     require(path.suffix in kinds, f"{path}: a plot is FILE{', FILE'.join(kinds)}")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    names = list(dict.fromkeys(["zero-shot", *itertools.chain(*panels.values())]))
     size = (6.8, 3.8) if len(panels) == 1 else (2.6 * across + 1.6, 2.3 * down + 0.6)
-    style = {"svg.hashsalt": "table", "svg.fonttype": "path", "font.size": 9}
+    style = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with matplotlib.rc_context(style | {"grid.alpha": 0.3}):
         figure = Figure(size, layout="constrained", dpi=150)

@@ -3,10 +3,9 @@
     python benchmark/toy_study.py run --jobs 2     # goes on where it was; results/toy/runs.jsonl
     python benchmark/toy_study.py tables           # results/toy/tables.md and four pictures
     python benchmark/toy_study.py stable           # each default under 1e-6 and other kernels
-    python benchmark/toy_study.py choose           # the same for three sizes of VPT's noise
 
-Settings are the defaults, which follow the papers' regime; of VPT's --residual-scale `choose` shows
-how little a run moves. Test sets are read once. Paired: the same seed, images and batches.
+Settings are the defaults, which follow the papers' regime. Test sets are read once. Paired: the
+same seed, images and batches.
 """
 
 import contextlib
@@ -120,11 +119,13 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
     points = [(e + 1, line) for e, line in enumerate(lines) if "val_accuracy" in line]
     names = ("val_accuracy", "cosine", "conflict")
     kept["curve"] = [[e, *(round(line[name], 4) for name in names)] for e, line in points]
-    kept["tests"] = {}
-    for test in result["tests"]:
-        found = {kind: [round(m[name], 4) for name in ("accuracy", "nll", "ece")]
-                 for kind, m in common.measures(test).items()}  # fmt: skip
-        kept["tests"][test["domain"] or test["classes"]] = found
+    kept["tests"] = {
+        test["domain"] or test["classes"]: {
+            kind: [round(m[name], 4) for name in ("accuracy", "nll", "ece")]
+            for kind, m in common.measures(test).items()
+        }
+        for test in result["tests"]
+    }
     return {"what": what, **kept}
 
 
@@ -311,16 +312,15 @@ def stable(commands: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("action", choices=["run", "tables", "stable", "choose"])
+    parser.add_argument("action", choices=["run", "tables", "stable"])
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
     args = parser.parse_args(argv)
+    if args.action == "stable":
+        stable([*START, *(f"vpt --residual-scale {u}" for u in (0.2, 10))])
     if args.action == "run":
         run_study(args.jobs)
-    if args.action in ("run", "tables"):
+    if args.action != "stable":
         write_tables()
-    else:
-        scales = [f"vpt --residual-scale {u}" for u in (0.2, 4, 10)]
-        stable(list(START) if args.action == "stable" else scales)
 
 
 if __name__ == "__main__":
