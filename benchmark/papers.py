@@ -29,28 +29,25 @@ def read_papers() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def method_of(row: table.Row, kind: str, settings: dict) -> str | None:
+def method_of(row: table.Row, kind: str) -> str | None:
     """The method's name in papers.csv; None where its training is not a published one's."""
     name = {"zero_shot": "zero-shot", "baseline": row.baseline, "tuned": row.name}[kind]
+    settings = row.example["settings"]
     if name == "CoOp" and settings["method"] != "prograd":
         return None  # vpt.py's deterministic base is trained as VPT is
     many = name == "ProGrad" and settings["teacher"] == "ensemble"
     return "ProGrad++" if many else name
 
 
-def tests_of(result: dict, column: str) -> list[dict]:
+def tests_of(row: table.Row, column: str) -> list[dict]:
     """The test sets that a column of the table is of."""
-    first, *rest = result["tests"]
-    named = [t for t in [first, *rest] if table.test_name(t, first["dataset"]) == column]
-    away = [test for test in rest if test["dataset"] != first["dataset"]]
-    return named or (away if column == f"mean of {len(away)} others" else [first])
+    return table.columns_of(row.example)[table.SIDES[0] if column == "H of means" else column]
 
 
 def place(row: table.Row, column: str, kind: str) -> tuple:
     """Where a figure of ours stands in papers.csv: (dataset, test_on, classes)."""
-    result = next(iter((row.parts or [row])[0].results.values()))
-    test = tests_of(result, column)[0]
-    trained = result["training"]["dataset"]
+    test = tests_of(row, column)[0]
+    trained = row.example["training"]["dataset"]
     classes = "H" if column == "H of means" else test["classes"]
     if row.parts:
         eleven = {part.dataset for part in row.parts} == set(table.ELEVEN)
@@ -74,23 +71,24 @@ def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]
     """What differs between a figure of ours and a published one, as {text: None}."""
     if row.parts:
         return {gap: None for part in row.parts for gap in gaps(part, kind, column, paper)}
-    result = next(iter(row.results.values()))
-    settings, trained, tests = result["settings"], result["training"], tests_of(result, column)
+    settings, trained = row.example["settings"], row.example["training"]
     local = Path(settings["pretrained"] or "").exists()  # zero-shot tells whose weights it has
     pairs = [
         ("backbone", settings["model"].removesuffix("-quickgelu"), paper["backbone"]),
         ("pretrained", "openai" if local else settings["pretrained"], "openai"),
         ("test_part", settings["test_part"], "test"),
     ]
+    tests = tests_of(row, column)
     templates = [(test["dataset"], test["template"]) for test in tests]
     if kind != "zero_shot":
         templates.append((trained["dataset"], trained["template"]))
-        away = {test["dataset"] for test in result["tests"]} - {trained["dataset"]}
+        away = {test["dataset"] for test in row.example["tests"]} - {trained["dataset"]}
         inside = "base-to-new" if trained["classes"] == "base" else "few-shot"
         outside = "domain-generalisation" if away <= SHIFTED else "cross-dataset"
         pairs.append(("protocol", outside if away else inside, paper["protocol"]))
         pairs.append(("shots", str(trained["shots"]), paper["shots"]))
-        usual = common.DEFAULTS | table.defaults_of(settings | {"paper": True})
+        script = table.SCRIPTS[settings["method"]]
+        usual = common.DEFAULTS | script.defaults(settings | {"paper": True})
         usual |= OWN.get(paper["method"], {})
         unread = SAID | UNREAD.get(paper["method"], set())
         pairs += [(k, v, usual.get(k)) for k, v in settings.items() if k not in unread]
@@ -109,14 +107,13 @@ def beside(rows: list[table.Row]) -> list[str]:
     for row, column, kind in columns:
         if kind not in ("zero_shot", "baseline", "tuned") or column in ("H", *table.SIDES):
             continue
-        result = next(iter((row.parts or [row])[0].results.values()))
         here = statistics.mean(row.figures[column, kind].values())
         where = place(row, column, kind)
-        zero_shot = (result["clip"], where, here) if kind == "zero_shot" else None
+        zero_shot = (row.example["clip"], where, here) if kind == "zero_shot" else None
         if zero_shot in shown:  # it stands in many rows
             continue
         shown |= {zero_shot} - {None}
-        method = method_of(row, kind, result["settings"])
+        method = method_of(row, kind)
         alike = [p for p in published if (p["method"], stands_at(p, kind)) == (method, where)]
         told = sorted(
             [(list(gaps(row, kind, column, p)), p) for p in alike], key=lambda x: len(x[0])
@@ -132,14 +129,16 @@ def beside(rows: list[table.Row]) -> list[str]:
         far = same and min(abs(here - float(paper["accuracy"])) for paper in same) > 0.5
         if kind == "zero_shot" and far:
             warnings.append(f"warning: {name[0]}: zero-shot is {here:.2f}, published "
-                            f"{same[0]['accuracy']}: {what_it_is(result, column)}")  # fmt: skip
+                            f"{same[0]['accuracy']}: {what_it_is(row, column)}")  # fmt: skip
     marks = [f"[{i}] {source}{f' ({note})' * bool(note)}" for (source, note), i in sources.items()]
     none = "Of what is not listed, papers.csv has no figure."
     return [table.markdown(lines), none, "", *marks, *warnings]
 
 
-def what_it_is(result: dict, column: str) -> str:
-    settings, test = result["settings"], tests_of(result, column)[0]
-    return ("other weights, template or test images? Here: "
-            f"{settings['model']} {settings['pretrained']}, fingerprint {result['clip'][:8]}; "
-            f"{test['template']!r}; {test['n']} images of {test['dataset']}")  # fmt: skip
+def what_it_is(row: table.Row, column: str) -> str:
+    settings, test = row.example["settings"], tests_of(row, column)[0]
+    return (
+        f"other weights, template or test images? Here: {settings['model']} "
+        f"{settings['pretrained']}, fingerprint {row.example['clip'][:8]}; {test['template']!r}; "
+        f"{test['n']} images of {test['dataset']}"
+    )

@@ -11,6 +11,7 @@ what. "mean of N datasets" is first over datasets for each seed, then over seeds
 each run's H; "H of means" is the papers': of the mean accuracies, over seeds and datasets.
 """
 
+import dataclasses
 import io
 import itertools
 import json
@@ -18,7 +19,6 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
@@ -33,8 +33,7 @@ SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
 # What may differ between the runs of a row.
 FREE = {"seed", "out_dir", "resume", "eval", "workers", "cache_dir", "data_root", "download"}
 FREE |= {"device", "memory_gb", "compare", "eval_every"}
-# Of "training" in result.json: what a draw decides, and what the settings say, too.
-DRAWN = {"run", "seed", "split", "template", "precision"}
+DRAWN = {"run", "seed", "split"}  # what a draw decides of "training" in result.json
 MEASURES = {"accuracy": "accuracy", "class-mean": "mean_class_accuracy", "nll": "nll", "ece": "ece",
             "H": "accuracy"}  # fmt: skip
 UNITS = {"nll": "NLL, nats", "ece": "ECE, %", "class-mean": "mean of classes, %", "H": "H, %"}
@@ -43,7 +42,7 @@ SIDES = ("in distribution", "the others' mean")  # that H is of; not shown
 ELEVEN = ["imagenet", "fgvc_aircraft", *(k for k, source in data.SOURCES.items() if source.split)]
 
 
-@dataclass
+@dataclasses.dataclass
 class Row:
     """Runs that are averaged; or a mean of such rows over datasets."""
 
@@ -51,10 +50,16 @@ class Row:
     baseline: str | None
     dataset: str  # or "mean of N"
     shots: int | str
-    results: dict[int, dict] = field(default_factory=dict)  # {seed: result.json}
-    parts: list["Row"] = field(default_factory=list)  # of a mean: the rows
+    results: dict[int, dict] = dataclasses.field(default_factory=dict)  # {seed: result.json}
+    parts: list["Row"] = dataclasses.field(default_factory=list)  # of a mean: the rows
     label: str = ""
-    figures: dict[tuple, dict] = field(default_factory=dict)  # {(test set, column): {seed: value}}
+    # {(test set, zero_shot or baseline or ..): {seed: value}}
+    figures: dict[tuple, dict] = dataclasses.field(default_factory=dict)
+
+    @property
+    def example(self) -> dict:
+        """A result of it."""
+        return next(iter((self.parts or [self])[0].results.values()))
 
 
 def read_rows(folders: list[str], measure: str) -> list[Row]:
@@ -69,7 +74,7 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         require(told, f"{folder} is of an older version and does not say what its figures are of")
         settings, seed = result["settings"], result["training"]["seed"]
         name = result["name"] if settings.get("epochs", 1) else "untrained start"
-        row = Row(name, result["baseline_name"], settings["dataset"], settings["shots"])
+        row = Row(name, result["baseline_name"], settings["dataset"], result["training"]["shots"])
         row = rows.setdefault(json.dumps(identity(result), sort_keys=True), row)
         twice = f"{folder} has the training or the seed ({seed}) of another run with equal settings"
         require(seed not in row.results, twice)
@@ -99,92 +104,93 @@ def test_name(test: dict, own: str) -> str:
 
 
 def differing(what: dict, others: list[dict]) -> list[str]:
-    """ "key value" of what is not equal in all; a test set that others lack goes without saying."""
-
-    def differs(key: str, other: dict) -> bool:
-        return other.get(key) != what[key] and (key in other or not key.startswith("images"))
-
-    keys = [key for key in what if any(differs(key, other) for other in others)]
+    """ "key value" of what is not equal in all; that others lack a test set goes without saying."""
+    keys = []
+    for key, value in what.items():
+        others_have = [o.get(key) for o in others if key in o or not key.startswith("images")]
+        keys += [key] if any(other != value for other in others_have) else []
     return [f"{key} {str(what[key])[: 40 if ' ' in str(what[key]) else 12]}" for key in keys]
+
+
+def columns_of(result: dict) -> dict[str, list[dict]]:
+    """{column: the test sets whose mean it is}."""
+    first, *rest = result["tests"]
+    away = [test for test in rest if test["dataset"] != first["dataset"]]
+    own = [test for test in rest if test["dataset"] == first["dataset"]]
+    new = [test for test in own if test["classes"] == "new" and not test["domain"]]
+    found = {test_name(test, first["dataset"]): [test] for test in result["tests"]}
+    found |= {f"mean of {len(away)} others": away} if len(away) > 1 else {}
+    return found | ({SIDES[0]: [first], SIDES[1]: new or own} if result["harmonic_mean"] else {})
 
 
 def figures_of(results: dict[int, dict], measure: str) -> dict[tuple, dict]:
     found = defaultdict(dict)
     for seed, result in results.items():
-        first, *rest = result["tests"]
-        away = [test for test in rest if test["dataset"] != first["dataset"]]
-        own = [test for test in rest if test["dataset"] == first["dataset"]]
-        new = [test for test in own if test["classes"] == "new" and not test["domain"]]
-        means = {f"mean of {len(away)} others": away, SIDES[1]: new or own, SIDES[0]: [first]}
-        means |= {test_name(test, first["dataset"]): [test] for test in result["tests"]}
-        for kind in common.measures(first):
-            for name, tests in means.items():
-                key = "accuracy" if name in SIDES else measure
-                if tests:
-                    values = [common.measures(test)[kind][key] for test in tests]
-                    found[name, kind][seed] = statistics.mean(values)
-            if kind in result["harmonic_mean"]:
-                found["H", kind][seed] = result["harmonic_mean"][kind]
+        for name, tests in columns_of(result).items():
+            key = "accuracy" if name in SIDES else measure
+            for kind in common.measures(tests[0]):
+                values = [common.measures(test)[kind][key] for test in tests]
+                found[name, kind][seed] = statistics.mean(values)
+        for kind, h in result["harmonic_mean"].items():
+            found["H", kind][seed] = h
     return found
+
+
+def finish(figures: dict[tuple, dict]) -> None:
+    """Add the papers' H, of accuracies that are averaged first, and paired differences."""
+    for kind in [kind for test, kind in figures if test == "H"]:
+        a, b = (statistics.mean(figures[side, kind].values()) for side in SIDES)
+        figures["H of means", kind] = {0: common.harmonic_mean(a, b)}
+    for test in [test for test, kind in figures if kind == "baseline"]:
+        plain = figures[test, "baseline"]
+        pairs = {seed: value - plain[seed] for seed, value in figures[test, "tuned"].items()}
+        figures[test, "difference"] = pairs
 
 
 # Means over datasets ------------------------------------------------------------------------------
 def variant(row: Row) -> dict:
-    """What must be equal over datasets: the settings that are not their dataset's own default."""
-    (result, *_) = (row.parts or [row])[0].results.values()
-    settings, trained = result["settings"], result["training"]
-    usual = common.DEFAULTS | defaults_of(settings) | {"dataset": settings["dataset"]}
-    kept = {k: v for k, v in settings.items() if k not in FREE and v != usual.get(k, ...)}
-    if trained["dataset"] != settings["dataset"]:
-        kept["trained on"] = trained["dataset"]
-    return kept | {"name": row.name, "shots": row.shots, "baseline": row.baseline,
-                   "clip": result["clip"]}  # fmt: skip
-
-
-def defaults_of(settings: dict) -> dict:
-    """What the method's script takes where no flag says otherwise; {} of another's script."""
-    script = SCRIPTS.get(settings["method"])
-    return script.defaults(settings) if script else {}
+    """What must be equal over datasets: all that is not a dataset's own, or its default."""
+    settings = row.example["settings"]
+    script = SCRIPTS.get(settings["method"])  # none of a method of one's own
+    usual = common.DEFAULTS | (script.defaults(settings) if script else {})
+    own = ("dataset", "images", "trained with template")
+    kept = {"name": row.name, "shots": row.shots}
+    for key, value in identity(row.example).items():
+        if value != usual.get(key, ...) and not key.startswith(own):
+            kept[key] = value
+    return kept
 
 
 def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
     """A row for each set of rows that differ in the dataset alone, and what is missing in it."""
     means, notes = [], []
     for group in data.group(rows, lambda row: json.dumps(variant(row), sort_keys=True)).values():
-        names = [row.dataset for row in group]
-        if len(set(names)) < 2:
+        names = {row.dataset for row in group}
+        if len(names) == 1:
             continue
-        first = group[0]
-        mean = Row(first.name, first.baseline, f"mean of {len(group)}", first.shots, {}, group)
+        mean = dataclasses.replace(group[0], dataset=f"mean of {len(group)}", parts=group)
         alike = [variant(m) for m in means if (m.name, m.shots) == (mean.name, mean.shots)]
-        words = [f"mean of {len(group)} datasets: {mean.name} {mean.shots} shots"]
-        mean.label = " ".join(words + differing(variant(mean), alike))
-        seeds = set.intersection(*(set(row.results) for row in group))
+        label = f"mean of {len(group)} datasets: {mean.name} {mean.shots} shots"
+        mean.label = " ".join([label, *differing(variant(mean), alike)])
         every = set.union(*(set(row.results) for row in group))
+        seeds = sorted(set.intersection(*(set(row.results) for row in group)))
         lacks = [f"seed {seed} of {row.dataset} (left out of all)"
                  for row in group for seed in sorted(every - set(row.results))]  # fmt: skip
-        if set(names) < set(ELEVEN):
-            rest = [name for name in ELEVEN if name not in names]
-            lacks.append(f"of the papers' eleven {', '.join(rest)}")
+        if names < set(ELEVEN):
+            lacks += ["of the papers' eleven " + ", ".join(n for n in ELEVEN if n not in names)]
         notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
-        if len(set(names)) < len(names):
-            notes.append(f"{mean.label}: none, since a dataset is there twice")
-        elif seeds:
-            mean.results = {seed: first.results[seed] for seed in sorted(seeds)}
-            for key in first.figures:
-                columns = [row.figures.get(key, {}) for row in group]
-                if all(seeds <= set(column) for column in columns):
-                    values = {s: statistics.mean(c[s] for c in columns) for s in sorted(seeds)}
-                    mean.figures[key] = values
-            means.append(mean)
+        if not seeds or len(names) < len(group):
+            notes.append(f"{mean.label}: none, of no common seed, or with a dataset twice")
+            continue
+        mean.results = {seed: mean.results[seed] for seed in seeds}
+        columns = set.intersection(*(set(row.figures) for row in group))
+        mean.figures = {
+            key: {seed: statistics.mean(r.figures[key][seed] for r in group) for seed in seeds}
+            for key in group[0].figures
+            if key in columns
+        }
+        means.append(mean)
     return means, notes
-
-
-def add_means_of_h(row: Row) -> None:
-    """The papers' H: of accuracies that are averaged first, over seeds and datasets."""
-    for kind in [kind for test, kind in row.figures if test == "H"]:
-        a, b = (statistics.mean(row.figures[side, kind].values()) for side in SIDES)
-        row.figures["H of means", kind] = {0: common.harmonic_mean(a, b)}
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -206,6 +212,7 @@ def standard_error(values: list[float]) -> float:
 
 def title_of(row: Row, kind: str) -> str:
     titles = {"zero_shot": "zero-shot", "baseline": row.baseline, "tuned": row.name}
+    titles["difference"] = f"{row.name} − {row.baseline}"
     return titles.get(kind) or kind.replace("_", " ")
 
 
@@ -216,18 +223,11 @@ def table(rows: list[Row], measure: str) -> list[list[str]]:
     if measure != "accuracy":
         tests = [test for test in tests if (test in H) == (measure == "H")]
     for row in rows:
-        kinds = list(dict.fromkeys(kind for _, kind in row.figures))
-        head = [row.label, str(len(row.results))]
-        for kind in kinds:
+        for kind in dict.fromkeys(kind for _, kind in row.figures):
             found = [list(row.figures.get((test, kind), {}).values()) for test in tests]
-            cells = [spread(values, digits) if values else "" for values in found]
-            lines.append([*head, title_of(row, kind), *cells])
-        if "baseline" in kinds:
-            pairs = [[row.figures.get((test, kind), {}) for kind in ("tuned", "baseline")]
-                     for test in tests]  # fmt: skip
-            found = [[a[seed] - b[seed] for seed in a] for a, b in pairs]
-            cells = [difference(values, digits) if values else "" for values in found]
-            lines.append([*head, f"{row.name} − {row.baseline}", *cells])
+            shown = difference if kind == "difference" else spread
+            cells = [shown(values, digits) if values else "" for values in found]
+            lines.append([row.label, str(len(row.results)), title_of(row, kind), *cells])
     return [[UNITS.get(measure, "accuracy, %"), "seeds", "", *tests], *lines]
 
 
@@ -254,7 +254,7 @@ def list_runs(file: str) -> list[str]:
 # Plots --------------------------------------------------------------------------------------------
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
 MARKERS = "osD^vPX"
-BARS = "bars: ± standard error over seeds"
+BARS = "(bars: ± standard error over seeds)"
 
 
 def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=False) -> None:
@@ -265,37 +265,32 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=
         from matplotlib.figure import Figure
     except ImportError as error:
         raise data.UserError("plots need matplotlib: pip install matplotlib") from error
-    kinds = (".svg", ".png", ".pdf")
-    require(path.suffix in kinds, f"{path}: a plot is FILE{', FILE'.join(kinds)}")
+    kind = path.suffix[1:]
+    require(kind in ("svg", "png", "pdf"), f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
-    names = list(dict.fromkeys(["zero-shot", *itertools.chain(*panels.values())]))
     size = (6.8, 3.8) if len(panels) == 1 else (2.6 * across + 1.6, 2.3 * down + 0.6)
-    style = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    with matplotlib.rc_context(style | {"grid.alpha": 0.3}):
+    names = list(dict.fromkeys(["zero-shot", *itertools.chain(*panels.values())]))
+    style = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
+    style |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
         figure = Figure(size, layout="constrained", dpi=150)
-        every = figure.subplots(down, across, squeeze=False).flatten()
-        for axes, (title, lines) in zip(every, panels.items()):
+        for i, (title, lines) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(down, across, i, title=title)
             for name, points in lines.items():
-                i = names.index(name)
-                x, y, y_error, x_error = zip(*points)
-                look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-                look |= {"linestyle": "-" if i < len(COLOURS) else "--", "markersize": 4}
-                axes.errorbar(x, y, y_error, x_error, capsize=2, elinewidth=0.8, **look)
-            axes.set_title(title, fontsize=9)
+                k = names.index(name) % len(COLOURS)
+                look = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4}
+                axes.errorbar(*zip(*points), capsize=2, elinewidth=0.8, **look)
             if shots:
                 xs = sorted({point[0] for points in lines.values() for point in points})
                 axes.set_xscale("log", base=2)
-                axes.set_xticks(xs, [f"{x:g}" for x in xs], minor=False)
-        for axes in every[len(panels) :]:
-            axes.set_visible(False)
-        name_lines(every[len(panels) - 1], list(panels.values())[-1], names)
-        figure.supxlabel(f"{x_title}\n({note})" if note else x_title, fontsize=9)
+                axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        name_lines(axes, lines, names)
+        figure.supxlabel(f"{x_title}\n{note}", fontsize=9)
         figure.supylabel(y_title, fontsize=9)
         buffer = io.BytesIO()
-        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
-        figure.savefig(buffer, format=path.suffix[1:], metadata=dates[path.suffix])
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same bytes each time
+        figure.savefig(buffer, format=kind, metadata=undated.get(kind))
     data.write(path, buffer.getvalue())
 
 
@@ -357,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     means, notes = mean_rows(rows)
     rows += means
     for row in rows:
-        add_means_of_h(row)
+        finish(row.figures)
     lines = table(rows, args.measure)
     if rows:
         print("\n".join([markdown(lines), *[f"note: {note}" for note in notes]]))

@@ -1,46 +1,36 @@
-"""Do the papers' claims hold on the toy world? Every run, its tables, and how far a run moves.
+"""Do the papers' claims hold on the toy world? Every run, its tables and pictures.
 
     python benchmark/toy_study.py run --jobs 2     # goes on where it was; results/toy/runs.jsonl
     python benchmark/toy_study.py tables           # results/toy/tables.md and four pictures
-    python benchmark/toy_study.py stable           # each default under 1e-6 and other kernels
 
-Settings are the defaults, which follow the papers' regime. Test sets are read once. Paired: the
-same seed, images and batches.
+toy_study.csv has a kind of run a line. What no flag says is the scripts' default, which follows the
+papers' regime. Test sets are read once. Paired: the same seed, images and batches.
 """
 
 import contextlib
+import csv
 import io
 import itertools
 import json
-import os
 import re
+import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # finds table.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds common.py
 import table
 
 import common
 import data
-import prograd
-import proreg
-import vpt
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmark" / "results" / "toy"
-SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
-PROMPT_TASKS = [name for name in data.world.TASKS if name not in data.world.SHORTCUT]
+RESULTS = Path(__file__).resolve().parent / "results" / "toy"
+TASKS = {"shortcut": list(data.world.SHORTCUT)}
+TASKS["prompt"] = [name for name in data.world.TASKS if name not in data.world.SHORTCUT]
 SEEDS = (1, 2, 3, 4, 5)
-KERNELS = {  # as other processors have: another order of rounding
-    "other kernels": ("avx2", "AVX2", "AVX2"),
-    "older kernels": ("default", "COMPATIBLE", "SSE41"),
-}
 WHAT_IS_SHOWN = """Mean ± standard deviation over seeds, of each seed's mean over tasks; differences
 are paired, ± standard error (pictures: standard errors). "H" is the mean of each run's H, "H of
 means" the papers': of accuracies averaged over tasks and seeds. An ensemble averages logits."""
@@ -49,56 +39,28 @@ PLANES = {  # tables whose first two columns are drawn: file, axes
     "ProReg 3e-4, toy_shapes_biased": (
         "all_ood", "in distribution, accuracy in %", "other scenes and styles, accuracy in %"),
 }  # fmt: skip
-SHOTS = {1: 50, 2: 100, 4: 200, 8: 200, 16: 200}  # and epochs that take the default's steps
-MORE_SHOTS = ["--shots", "16", "--epochs", "10"]
-MIXTURES = ["--ensemble", "0.3", "0.5", "0.7", "--wise-ft", "0.3", "0.5", "0.7"]
 
 
 # 1. RUNS ------------------------------------------------------------------------------------------
-# fmt: off
+def read_plan() -> list[dict]:
+    """The lines of toy_study.csv: a kind of run each, that every task and seed has."""
+    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def study() -> list[tuple[str, dict, list[str]]]:
-    """(script, what the run is, its flags), the most important first."""
-    rules = {"ProGrad": [], "CoOp": ["--lam", "0"], "CE + KL": ["--rule", "add"]}
-    shares = {f"ProGrad, λ = {lam}": ["--lam", lam] for lam in ("0.5", "0.8")}
-    losses = {"ProReg": ["--loss", "proreg"], "KD": ["--loss", "kd"],
-              "fine-tuning": ["--loss", "ce", *MIXTURES]}
-    vpt = {"VPT": [], "deterministic": ["--samples", "0"]}
-    scales = {f"VPT u = {u}": ["--residual-scale", u] for u in ("0.2", "10")}
-    shots = {k: {"part": "base to new", "shots": k} for k in SHOTS}
-    # Twice as many classes take half of the epochs for as many steps; so does VPT with 16 shots.
-    whole = {k: ["--classes", "all", "--epochs", str(epochs)] for k, epochs in SHOTS.items()}
-    curves = {"part": "curves", "shots": 4}
-    views = {f"{name}, {title} views": [*rules[name], "--views", v]
-             for name in ("ProGrad", "CoOp") for v, title in (("0", "fresh"), ("10", "10"))}
-    # As released: the head at 100 times a rate of 1e-5. Batches and epochs are the prompts'.
-    probe = {"linear probe": ["--train", "head", "--loss", "ce", "--lr", "1e-5",
-                              "--head-lr-factor", "100", "--batch-size", "32"]}
-    plans = [  # script, tasks, methods, flags of all, what the runs are
-        ("prograd", PROMPT_TASKS, rules | shares, [], shots[4]),
-        *[("proreg", data.world.SHORTCUT, losses, ["--lr", rate], {"part": f"ProReg {rate}"})
-          for rate in ("3e-4", "1e-4")],
-        ("vpt", PROMPT_TASKS, vpt | scales, [], {"part": "VPT"}),
-        *[("prograd", PROMPT_TASKS, rules, [], shots[k]) for k in (1, 2, 8)],
-        ("prograd", PROMPT_TASKS, rules | shares, [], shots[16]),
-        ("vpt", PROMPT_TASKS, vpt, ["--posterior", "image"], {"part": "VPT, image posterior"}),
-        ("prograd", PROMPT_TASKS, rules, ["--eval-every", "40"], curves),
-        ("vpt", PROMPT_TASKS, vpt, MORE_SHOTS, {"part": "VPT, 16 shots"}),
-        *[("prograd", PROMPT_TASKS, rules, whole[k], {"part": "all classes", "shots": k})
-          for k in SHOTS],
-        ("vpt", PROMPT_TASKS, vpt, [*MORE_SHOTS, "--posterior", "image"],
-         {"part": "VPT, image posterior, 16 shots"}),
-        ("prograd", PROMPT_TASKS, views, ["--augment", "crop"], {"part": "views", "shots": 4}),
-        *[("proreg", PROMPT_TASKS, probe, whole[k], {"part": "all classes", "shots": k})
-          for k in SHOTS],
-    ]
+    """(script, what the run is, its flags) of every run."""
     runs = []
-    for script, tasks, methods, flags, what in plans:
-        shared = [*flags, "--shots", str(what["shots"])] if "shots" in what else flags
-        for task, (method, own), seed in itertools.product(tasks, methods.items(), SEEDS):
-            typed = ["--dataset", task, "--seed", str(seed), "--no-compare", *own, *shared]
-            runs.append((script, what | {"task": task, "method": method, "seed": seed}, typed))
+    for line in read_plan():
+        shared = ["--no-compare", *shlex.split(line["flags"])]
+        for task, seed in itertools.product(TASKS[line["tasks"]], SEEDS):
+            what = {"part": line["part"], "method": line["method"], "task": task, "seed": seed}
+            flags = ["--dataset", task, "--seed", str(seed), *shared]
+            if line["shots"]:
+                what["shots"] = int(line["shots"])
+                flags += ["--shots", line["shots"]]
+            runs.append((line["script"], what, flags))
     return runs
-# fmt: on
 
 
 def key(what: dict) -> str:
@@ -113,7 +75,9 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
         out = Path(folder, "run")
         cache = str(Path(tempfile.gettempdir(), "toy-study-cache"))
         with contextlib.redirect_stdout(io.StringIO()):
-            result = SCRIPTS[script].main([*flags, "--out-dir", str(out), "--cache-dir", cache])
+            result = table.SCRIPTS[script].main(
+                [*flags, "--out-dir", str(out), "--cache-dir", cache]
+            )
         lines = common.read_metrics(out)
     kept = {"H": result["harmonic_mean"], "seconds": result["seconds"]}
     points = [(e + 1, line) for e, line in enumerate(lines) if "val_accuracy" in line]
@@ -172,21 +136,39 @@ def by_seed(rows: list[dict], column: str, method: str, kind: str = "tuned") -> 
             for seed in sorted(seeds)}  # fmt: skip
 
 
-def lines_of(rows: list[dict], methods: list, columns: list[str], rivals: list[str]) -> list:
-    """A table: zero-shot, each (title, method, kind), and its paired differences to the rivals; a
-    rival's to the first of them."""
-    zero = [by_seed(rows, column, rivals[0], "zero_shot") for column in columns]
-    out = [["", *columns], ["zero-shot", *[f"{statistics.mean(v.values()):.1f}" for v in zero]]]
-    for title, method, kind in methods:
+def lines_of(rows: list[dict], methods: list[str], columns: list[str]) -> list[list[str]]:
+    """A table of these rows: zero-shot, each method and what it has as "extra", and the paired
+    differences to the first method and to a method that does without projection or weights."""
+    rivals = [methods[0], *(method for method in ("CE + KL", "KD") if method in methods)]
+    out = [["", *columns]]
+    for method, kind in kinds_of(rows, methods):
         found = [by_seed(rows, column, method, kind) for column in columns]
+        if kind == "zero_shot":
+            means = [f"{statistics.mean(values.values()):.1f}" for values in found]
+            out.append(["zero-shot", *means])
+            continue
         cells = [table.spread([*values.values()]) for values in found]
-        out.append([f"{title} ({len(found[0])} seeds)", *cells])
+        out.append([f"{title(method, kind)} ({len(found[0])} seeds)", *cells])
         for rival in rivals[:1] if method in rivals else rivals:
             rest = [by_seed(rows, column, rival) for column in columns]
             pairs = [[a[seed] - b[seed] for seed in a] for a, b in zip(found, rest)]
             if (method, kind) != (rivals[0], "tuned"):
                 out.append([f"… minus {rival}", *map(table.difference, pairs)])
     return out
+
+
+def kinds_of(rows: list[dict], methods: list[str]) -> list[tuple[str, str]]:
+    """(method, what was measured of it): the tuned ones first, then extras."""
+    found = [(methods[0], "zero_shot"), *((method, "tuned") for method in methods)]
+    for method in methods:
+        row = next(row for row in rows if row["what"]["method"] == method)
+        measured = next(iter(row["tests"].values()))
+        found += [(method, kind) for kind in measured if kind not in ("zero_shot", "tuned")]
+    return found
+
+
+def title(method: str, kind: str) -> str:
+    return {"tuned": method, "zero_shot": "zero-shot"}.get(kind, f"{method}, {kind}")
 
 
 def curves_of(runs: dict, methods: list[str]) -> tuple[list, dict]:
@@ -205,32 +187,22 @@ def curves_of(runs: dict, methods: list[str]) -> tuple[list, dict]:
     return [["epoch", *map(str, epochs)], *lines], drawn
 
 
-def sections() -> list[tuple]:
-    """(title, (title, method, kind) of each line, columns, rivals, which runs) of every table."""
-    rules = ["CoOp", "ProGrad", "CE + KL", "ProGrad, λ = 0.8", "ProGrad, λ = 0.5", "linear probe"]
-    prompts = ["deterministic", "VPT", "VPT u = 0.2", "VPT u = 10"]
-    losses = ["fine-tuning", "ProReg", "KD"]
-    rules, prompts, losses = ([(m, m, "tuned") for m in ms] for ms in (rules, prompts, losses))
-    prompts += [("VPT, mean residual", "VPT", "mean_residual")]
-    # An ensemble averages logits, WiSE-FT weights; the number is zero-shot's share.
-    losses += [(f"{kind} {a} zero-shot", "fine-tuning", f"{kind} {a}")
-               for kind in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]  # fmt: skip
+def tables_of(runs: dict) -> list[tuple]:
+    """(title, rows, methods, columns) of every table: of a part of the study, or of its tasks."""
     both = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
     found = []
-    for part, columns in (("base to new", both), ("all classes", ["all", "all NLL", "all ECE"])):
-        for k in SHOTS:
-            what, rivals = {"part": part, "shots": k}, ["CoOp", "CE + KL"]
-            found.append((f"ProGrad, {part}, {k} shots, six tasks", rules, columns, rivals, what))
-    for part in ("VPT", "VPT, 16 shots", "VPT, image posterior", "VPT, image posterior, 16 shots"):
-        found.append((f"{part}, six tasks", prompts, both, ["deterministic"], {"part": part}))
-    for task, rate in itertools.product(data.world.SHORTCUT, ("3e-4", "1e-4")):
-        what, rivals = {"part": f"ProReg {rate}", "task": task}, ["fine-tuning", "KD"]
-        columns = ["all", "OOD", "H", "H of means"]
-        found.append((f"ProReg {rate}, {task}", losses, columns, rivals, what))
-    for name in ("ProGrad", "CoOp"):
-        lines = [(m, m, "tuned") for m in (f"{name}, fresh views", f"{name}, 10 views")]
-        title = f"Random crops, fresh in every epoch or 10 in turn, {name}, 4 shots, six tasks"
-        found.append((title, lines, both, [lines[0][0]], {"part": "views"}))
+    parts = data.group(read_plan(), lambda line: (line["part"], line["shots"], line["tasks"]))
+    for (part, shots, tasks), lines in parts.items():
+        rows = [row for row in runs.values() if row["what"]["part"] == part
+                and str(row["what"].get("shots", "")) == shots]  # fmt: skip
+        methods = [line["method"] for line in lines]
+        name = f"{part}, {shots} shots" if shots else part
+        if tasks == "shortcut":
+            for task, own in data.group(rows, lambda row: row["what"]["task"]).items():
+                found.append((f"{name}, {task}", own, methods, ["all", "OOD", "H", "H of means"]))
+        elif part != "curves":
+            columns = ["all", "all NLL", "all ECE"] if part == "all classes" else both
+            found.append((f"{name}, six tasks", rows, methods, columns))
     return found
 
 
@@ -240,33 +212,30 @@ def write_tables() -> None:
     data.require(not missing, f"{missing} runs are not done yet: go on with toy_study.py run")
     parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %", WHAT_IS_SHOWN]
     shots, planes = defaultdict(list), {}
-    for title, methods, columns, rivals, wanted in sections():
-        rows = [row for row in runs.values() if wanted.items() <= row["what"].items()]
-        ran = {row["what"]["method"] for row in rows}
-        methods = [line for line in methods if line[1] in ran]
-        parts += [f"\n## {title}", table.markdown(lines_of(rows, methods, columns, rivals))]
-        shown = [("zero-shot", rivals[0], "zero_shot"), *methods]
-        if wanted["part"] == "base to new":
-            for name, *which in shown[:4]:
-                shots[name].append((wanted["shots"], *mean_and_error(rows, "H", *which), 0))
-        if title in PLANES:
-            drawn = defaultdict(list)
-            for name, *which in shown:
+    for name, rows, methods, columns in tables_of(runs):
+        parts += [f"\n## {name}", table.markdown(lines_of(rows, methods, columns))]
+        kinds = kinds_of(rows, methods)
+        if name.startswith("base to new"):
+            for which in kinds[:4]:  # zero-shot, CoOp, ProGrad, CE + KL
+                point = (rows[0]["what"]["shots"], *mean_and_error(rows, "H", *which), 0)
+                shots[title(*which)].append(point)
+        if name in PLANES:
+            planes[name] = defaultdict(list)
+            for which in kinds:
                 x, y = (mean_and_error(rows, column, *which) for column in columns[:2])
-                share = re.sub(" 0.[357] zero-shot", " with zero-shot", name)  # three joined points
-                drawn[share].append((x[0], *y, x[1]))
-            planes[title] = drawn
+                line = re.sub(r" 0\.[357]$", " with zero-shot", title(*which))  # of three points
+                planes[name][line].append((x[0], *y, x[1]))
     lines, curves = curves_of(runs, ["CoOp", "ProGrad", "CE + KL"])
     parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(lines)]
     data.write(RESULTS / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))
-    bars = "bars: ± standard error over 5 seeds"
+    bars = "(bars: ± standard error over 5 seeds)"
     table.draw({"": shots}, RESULTS / "shots.svg", "training images a class",
                "H of base and new accuracy, %", bars, shots=True)  # fmt: skip
     table.draw({"": curves}, RESULTS / "curves.svg", "epoch",
                "accuracy on validation images of base classes, %", "")  # fmt: skip
-    for title, (name, x_title, y_title) in PLANES.items():
-        table.draw({"": planes[title]}, RESULTS / f"{name}.svg", x_title, y_title, bars)
+    for name, (file, x_title, y_title) in PLANES.items():
+        table.draw({"": planes[name]}, RESULTS / f"{file}.svg", x_title, y_title, bars)
 
 
 def mean_and_error(rows: list[dict], column: str, *which: str) -> tuple[float, float]:
@@ -274,53 +243,14 @@ def mean_and_error(rows: list[dict], column: str, *which: str) -> tuple[float, f
     return statistics.mean(values), table.standard_error(values)
 
 
-# 3. STABILITY -------------------------------------------------------------------------------------
-SHAKEN = """import sys, json, torch
-sys.path.insert(0, sys.argv[1])
-import {script} as script
-draw, start = int(sys.argv[2]), script.{start}
-def shaken(*args, **more):
-    value = start(*args, **more)
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(draw))
-    return value * (1 + 1e-6 * noise) if draw else value
-script.{start} = shaken
-result = script.main(["--cache-dir", "none", "--out-dir", *sys.argv[3:]])
-kinds = ("baseline", "tuned")
-print(json.dumps([[t["n"], {{k: t[k]["accuracy"] for k in kinds}}] for t in result["tests"]]))
-"""
-START = {"prograd": "initial_context", "vpt": "initial_context", "proreg": "common.prompt_features"}
-
-
-def stable(commands: list[str]) -> None:
-    """Print by how many images each accuracy of each run (a script and flags) moves."""
-    cases = [(f"start × (1 + 1e-6 noise {d})", d, {}) for d in (1, 2, 3)]
-    names = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
-    cases += [(name, 0, dict(zip(names, values))) for name, values in KERNELS.items()]
-    for run in commands:
-        script, *flags = run.split()
-        code, first = SHAKEN.format(script=script, start=START[script]), None
-        for name, draw, kernels in [("as it is", 0, {}), *cases]:
-            with tempfile.TemporaryDirectory() as folder:
-                call = [sys.executable, "-c", code, ROOT, str(draw), f"{folder}/run", *flags]
-                out = subprocess.check_output(call, text=True, env=os.environ | kernels)
-            found = json.loads(out.splitlines()[-1])
-            first = first or found
-            moved = [f"{kind} {round((m[kind] - m0[kind]) * n / 100):+d}"
-                     for (n, m), (_, m0) in zip(found, first) for kind in m]  # fmt: skip
-            print(f"{run:26} {name:26} images: {', '.join(moved)}", flush=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("action", choices=["run", "tables", "stable"])
+    parser.add_argument("action", choices=["run", "tables"])
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
     args = parser.parse_args(argv)
-    if args.action == "stable":
-        stable([*START, *(f"vpt --residual-scale {u}" for u in (0.2, 10))])
     if args.action == "run":
         run_study(args.jobs)
-    if args.action != "stable":
-        write_tables()
+    write_tables()
 
 
 if __name__ == "__main__":

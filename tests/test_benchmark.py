@@ -199,7 +199,7 @@ def test_plot():
     assert [x for x, *_ in panels["sun397"]["ProGrad lr 0.1"]] == [16]
     assert [x for x, *_ in points] == [1, 4, 16] and points[0][1:3] == (0.51, 0.0)
     table.main([*runs, "--plot", "x.png", "--measure", "ece"])
-    with pytest.raises(UserError, match="a plot is FILE.svg, FILE.png, FILE.pdf"):
+    with pytest.raises(UserError, match="a plot is a FILE.svg, FILE.png or FILE.pdf"):
         table.main([*runs, "--plot", "x.doc"])
 
 
@@ -261,7 +261,7 @@ def test_toy_study(monkeypatch, tmp_path, capsys):
     """Runs are kept one by one, and never done twice; tables pair by seed."""
     monkeypatch.setattr(toy_study, "RESULTS", tmp_path / "toy")
     monkeypatch.setattr(toy_study, "SEEDS", (1, 2))
-    monkeypatch.setattr(toy_study, "PROMPT_TASKS", ["toy_colorfills_dark"])
+    monkeypatch.setitem(toy_study.TASKS, "prompt", ["toy_colorfills_dark"])
     jobs = toy_study.study()
     assert len({toy_study.key(what) for _, what, _ in jobs}) == len(jobs) > 100
     for script, _what, flags in jobs:
