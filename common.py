@@ -6,16 +6,20 @@ S tokens that hold all class names, L samples.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
+import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,10 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import data
-from data import UserError, read_json, require, run, write  # noqa: F401
+from data import UserError, progress, read_json, require, run, write  # noqa: F401
 
 CLIP_FLAGS = ("model", "pretrained", "device", "precision", "memory_gb")
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
@@ -37,6 +40,7 @@ VERSIONS = {
     name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
 }
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
+HELD = []  # the locked run folder, as a file that is open
 
 
 # 1. CLIP ------------------------------------------------------------------------------------------
@@ -371,16 +375,12 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
         return safetensors.torch.load_file(path, device=clip.device)["features"], labels
     images = data.ImageSet(items, transform, args.seed)
     each = torch.arange(len(items)) + view * len(items)
-    loader = data.image_loader(images, [batch.tolist() for batch in each.split(256)], args)
-    try:
-        with torch.no_grad(), autocast(clip):
-            rows = [
-                clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
-                for batch, _, _ in tqdm(loader, "encode images", leave=False, disable=None)
-            ]
-    except UserError as error:
-        bad = data.bad_images(items) or [str(error)]
-        raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
+    lists = [batch.tolist() for batch in each.split(256)]
+    with torch.no_grad(), autocast(clip):
+        rows = [
+            clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
+            for batch, _, _ in data.load_images(images, lists, args, "encode images")
+        ]
     features = torch.cat(rows)
     if cache:
         write(path, safetensors.torch.save({"features": features.cpu()}))
@@ -435,6 +435,15 @@ def encode_tests(args: argparse.Namespace, clip: Clip, tests: list[data.Test]) -
 
 
 # 4. NUMBERS ---------------------------------------------------------------------------------------
+def outcomes(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """logits [N, C], labels [N] → of every image [N] the predicted class, its probability
+    ("confidence"), and the label's negative log-probability ("nll", nats)."""
+    log_prob = logits.log_softmax(dim=-1)
+    confidence, predicted = log_prob.exp().max(dim=-1)
+    nll = F.nll_loss(log_prob, labels, reduction="none")
+    return {"predicted": predicted, "confidence": confidence, "nll": nll}
+
+
 def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """logits [N, C] (or log-probabilities), labels [N] → accuracy (%), mean_class_accuracy (%, mean
     of the accuracies of the classes that occur), nll (nats), ece (expected calibration error, 15
@@ -445,14 +454,13 @@ def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     >>> {key: round(value, 2) for key, value in found.items()}
     {'accuracy': 75.0, 'mean_class_accuracy': 75.0, 'nll': 0.63, 'ece': 13.08}
     """
-    log_prob = logits.log_softmax(dim=-1)
-    confidence, predicted = log_prob.exp().max(dim=-1)
+    predicted, confidence, nlls = outcomes(logits, labels).values()
     right = (predicted == labels).to(confidence)
     count = labels.bincount(minlength=logits.shape[1])
     per_class = labels.bincount(right, len(count)) / count  # 0 / 0 where there is no image
     bins = (confidence * 15).long().clamp(0, 14)  # bin b holds confidences in [b/15, (b+1)/15)
     gaps = bins.bincount(right - confidence, 15)  # of each bin the sum of both
-    nll = F.nll_loss(log_prob, labels).item()
+    nll = nlls.mean().item()
     if not math.isfinite(nll):
         raise FloatingPointError("predictions are not finite: try --precision fp32, a lower --lr")
     return {
@@ -476,6 +484,15 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
     [1e-05, 0.002, 0.00171, 0.001]
     """
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
+def warmup_notes(args: argparse.Namespace) -> list[str]:
+    """Where warmup_cosine does what nobody means."""
+    notes = {
+        "--epochs 1 is the warm-up's: its rate is 1e-5 throughout": args.epochs == 1,
+        "--lr is less than the first epoch's rate, 1e-5": args.lr < 1e-5,
+    }
+    return [note for note, holds in notes.items() if holds and not args.eval]
 
 
 # 5. RUNS: flags, the run folder, results ----------------------------------------------------------
@@ -505,7 +522,8 @@ FLAGS = {
                      "help": "go on with this run folder, or begin it [no]"},
         "--eval": {"type": os.path.expanduser, "metavar": "RUN",
                    "help": "evaluate this run on what the data flags say [no]"},
-        "--compare": {"action": argparse.BooleanOptionalAction, "help": "plain baseline, too"},
+        "--compare": {"action": argparse.BooleanOptionalAction,
+                      "help": "train the plain method, too, and show it beside"},
         "--device": {"help": "cpu, cuda, cuda:1"},
         "--workers": {"type": int, "metavar": "K", "help": "processes that decode images"},
         "--cache-dir": {"type": os.path.expanduser, "metavar": "DIR",
@@ -521,20 +539,19 @@ DEFAULTS = {
 # What numbers can be; of other flags 0 or more.
 RANGES = {
     **dict.fromkeys(["momentum", "warmup", "ensemble", "wise_ft"], (0, 1)),
-    **dict.fromkeys(["epochs", "batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9)),
+    **dict.fromkeys(["batch_size", "shots", "n_ctx", "accumulate"], (1, 1e9)),
     **dict.fromkeys(["lr", "memory_gb", "temperature", "power", "head_lr_factor"], (1e-9, 1e9)),
     "betas": (0, 0.999999),
 }
-# How --resume and --eval treat an earlier run's settings. All are read from it, but for "anew" and,
-# with --eval, "trained". Once anything is trained a typed value must agree, but for "moved" and,
-# with --eval, "tested".
-EARLIER = {
-    "anew": {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"},
-    "trained": {"memory_gb", "precision", "compare", "eval_every"},
-    "moved": {"data_root", "pretrained", "memory_gb"},
-    "tested": {"dataset", "shots", "seed", "classes", "test_on", "test_part", "template",
-               "train_domain", "test_domain", "ensemble", "wise_ft"},
-}
+# Settings of an earlier run. NOW is said by every command for itself. --resume and --eval take the
+# rest from the run, --eval without HOW. Once anything is trained, a typed value that differs is
+# refused, but for MOVED and, with --eval, what it is TESTED on.
+NOW = {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"}
+HOW = {"memory_gb", "precision", "compare", "eval_every"}
+MOVED = {"data_root", "pretrained", "memory_gb"}
+TESTED = {"dataset", "classes", "test_on", "test_part", "template", "train_domain", "test_domain",
+          "ensemble", "wise_ft"}
+TRAINING = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
 # fmt: on
 
 
@@ -593,7 +610,7 @@ def inherited(typed: dict, method: str) -> dict:
     folder = typed.get("resume", typed.get("eval"))
     begins = "resume" in typed and not Path(folder, "config.json").exists()
     require(
-        not begins or typed.keys() - EARLIER["anew"],
+        not begins or "dataset" in typed,
         f"there is no run {folder}; to begin it say on which --dataset",
     )
     if begins or folder is None:
@@ -602,10 +619,14 @@ def inherited(typed: dict, method: str) -> dict:
     stored = config["settings"]
     fits = config["method"] == method and not stored["eval"]
     require(fits, f"{folder} is no training run of {method}.py")
-    unread = EARLIER["anew"] | (EARLIER["trained"] if "eval" in typed else set())
-    if typed.get("dataset", stored["dataset"]) != stored["dataset"]:
-        unread |= {"train_domain", "test_domain"}
-    free = unread | EARLIER["moved"] | (EARLIER["tested"] if "eval" in typed else set())
+    unread, free = NOW, NOW | MOVED
+    if "eval" in typed:
+        unread, free = NOW | HOW, free | HOW | TESTED
+        other = typed.get("dataset", stored["dataset"]) != stored["dataset"]
+        unread |= {"train_domain", "test_domain", "classes"} if other else set()
+        halves = stored["classes"] == "base" and not other
+        told = f"{folder} was not trained on half of these classes: leave --classes base out"
+        require(halves or typed.get("classes") != "base", told)
     for key in (typed.keys() & stored.keys()) - free:
         same = typed[key] == stored[key] or not begun(folder)
         require(same, f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out")
@@ -616,12 +637,20 @@ def read_run(folder: str | Path) -> dict:
     """config.json of a run folder: its settings, class names, training images."""
     path = Path(folder, "config.json")
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
-    return read_json(path)
+    config = read_json(path)
+    settings = config.get("settings")
+    known = {"method", "weights", "classnames", "template", "root", "train", "tests"}
+    missing = (known - config.keys()) | (DEFAULTS.keys() - (settings or {}))
+    require(
+        not missing, f"{path} is of another program or version: it lacks {min(missing, default='')}"
+    )
+    return config
 
 
-def begun(folder: str | Path | None) -> bool:
-    """Whether anything was trained in this run folder, or in its baseline's."""
-    return folder is not None and any(Path(folder).rglob("checkpoint.safetensors"))
+def begun(folder: str | Path) -> bool:
+    """Whether anything was trained or measured in this run folder, or in its baseline's."""
+    files = ("checkpoint.safetensors", "baseline/checkpoint.safetensors", "result.json")
+    return any(Path(folder, file).exists() for file in files)
 
 
 def flag(key: str) -> str:
@@ -646,10 +675,13 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     """Make or find the run folder, write config.json, print what is done on what."""
     config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
               "classnames": task.classnames, "template": task.template, "split": task.split,
-              "root": os.path.abspath(task.root), "train": task.lines}  # fmt: skip
+              "root": os.path.abspath(task.root), "train": task.lines,
+              "tests": [test.images for test in task.tests]}  # fmt: skip
     earlier = args.eval or args.resume
-    if begun(earlier):
-        compare_runs(read_run(earlier), config, task, earlier)
+    if earlier and begun(earlier):
+        compare_runs(read_run(earlier), config, earlier)
+    if args.eval and not Path(args.eval, "result.json").exists():
+        task.notes.append(f"{args.eval} has not finished training")
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
@@ -662,40 +694,59 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
         f"data: {f'trained in {args.eval}' if args.eval else trained}; test: {tested}",
         *(f"note: {note}" for note in notes),
         sep="\n",
+        flush=True,
     )
     return out
 
 
-def compare_runs(old: dict, new: dict, task: data.Task, folder: str) -> None:
-    """config.json of a run, and what is there now. A run goes on with the classes and images that
-    it began with, or not at all; an evaluation notes test images that were trained on."""
+def compare_runs(old: dict, new: dict, folder: str) -> None:
+    """config.json of a run, and what is there now: a run goes on with the CLIP, classes and images
+    that it began with, or not at all. For an evaluation only the CLIP matters."""
     same = old["weights"] == new["weights"]
     require(same, f"{folder}: its CLIP had other weights; name their file with --pretrained")
     if new["settings"]["eval"]:
-        finished = Path(folder, "result.json").exists()
-        task.notes += [] if finished else [f"{folder} has not finished training"]
-        seen = data.trained_on(task, old)
-        task.notes += [f"{seen} test images were trained on by {folder}"] if seen else []
         return
     was, now = (config["classnames"] + config["train"] for config in (old, new))
     changed = [*map(repr, sorted(set(was) ^ set(now))), "their order"][0]
     text = f"{folder} was begun with other classes or training images (see {changed})"
     require(was == now, f"{text}: restore them, or train in another folder")
+    require(
+        old["tests"] == new["tests"],
+        f"{folder} was begun with other test images: restore them, or train in another folder",
+    )
 
 
-def claim_folder(args: argparse.Namespace, k: int = 1) -> Path:
-    """The run's folder. Runs that start at the same moment get different ones: mkdir decides."""
-    taken = args.out_dir and Path(args.out_dir, "config.json").exists()
-    require(not taken, f"{args.out_dir} holds a run: name another --out-dir, or --resume it")
-    if args.resume or args.out_dir:
-        return Path(args.resume or args.out_dir)
+def claim_folder(args: argparse.Namespace) -> Path:
+    """The run's folder, in which no other command is at work. One in which nothing was trained can
+    be used again."""
+    named = args.resume or args.out_dir
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
-    out = Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1))
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError:
-        return claim_folder(args, k + 1)
-    return out
+    for k in itertools.count(1):
+        out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
+        if not args.resume and Path(out, "config.json").exists():
+            read_run(out)  # another program's is not ours to replace
+        fault = "" if args.resume or not begun(out) else "holds a run: --resume it"
+        fault = fault or ("" if lock(out) else "is in use by another command: wait for it")
+        if not fault:
+            return out
+        require(not named, f"{out} {fault}, or name another --out-dir")
+
+
+def lock(out: Path) -> bool:
+    """Make a run folder this process's; False where another process is at work in it. The system
+    unlocks it when the process ends, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    while HELD:  # a process makes one run after the other
+        os.close(HELD.pop())
+    with contextlib.suppress(ImportError):  # Windows has no such locks
+        import fcntl
+
+        HELD.append(os.open(out, os.O_RDONLY))
+        try:
+            fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network disks have none
+            return not isinstance(error, BlockingIOError)
+    return True
 
 
 def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
@@ -704,11 +755,18 @@ def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) 
     tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write(
-        out / "checkpoint.safetensors",
-        safetensors.torch.save(tensors, {"note": json.dumps(note)}),
-    )
+    content = safetensors.torch.save(to_cpu(tensors), {"note": json.dumps(note)})
+    write(out / "checkpoint.safetensors", content)
+
+
+def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU. WHY side by side: a GPU then stops once, not for each of hundreds."""
+    copies = {}
+    for some in data.group(tensors.items(), lambda pair: pair[1].dtype).values():
+        flat = torch.cat([value.detach().flatten() for _, value in some]).cpu()
+        parts = flat.split([value.numel() for _, value in some])
+        copies |= {name: part.view(value.shape) for (name, value), part in zip(some, parts)}
+    return copies
 
 
 def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
@@ -737,20 +795,41 @@ def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer)
     return load_checkpoint(out, module, optimizer)["epoch"] if path.exists() else 0
 
 
+def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> Iterator[tuple]:
+    """(epoch, views(epoch)) from epoch `first` on. After one of them a line says how long the rest
+    takes, if it is more than two minutes."""
+    for epoch in progress(range(first, args.epochs), name):
+        start = time.time()
+        found = views(epoch)
+        encoding = time.time() - start
+        yield epoch, found
+        training = time.time() - start - encoding
+        left = args.epochs - epoch - 1
+        fresh = left if not args.views else max(0, min(left, args.views - 1))
+        seconds = left * training + (args.augment != "none") * fresh * encoding
+        if epoch == first and seconds > 120:
+            shorter = "fewer --epochs" + ", --views 10 or --augment none" * (
+                fresh * encoding > training
+            )
+            print(f"about {seconds / 60:.0f} minutes to go; less by {shorter}", file=sys.stderr)
+
+
 def end_epoch(
-    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, **note
+    out: Path, epoch: int, epochs: int, module: torch.nn.Module, optimizer, line: dict, **note
 ) -> None:
-    """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite.
+    """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
+    last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
 
     line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
     """
-    line = {name: float(value) for name, value in line.items()}
-    bad = [
-        name
-        for name, value in [*line.items(), *module.state_dict().items()]
-        if not torch.as_tensor(value).isfinite().all()
-    ]
-    if bad:
+    tensors = {name: value.double() for name, value in line.items() if torch.is_tensor(value)}
+    learned = module.state_dict()
+    finite = torch.stack([value.isfinite().all() for value in learned.values()]).all()
+    *values, good = torch.stack([*tensors.values(), finite.double()]).tolist()
+    line = line | dict(zip(tensors, values))
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad or not good:
+        bad += [name for name, value in learned.items() if not value.isfinite().all()]
         raise FloatingPointError(
             f"{bad[0]} is not finite in epoch {epoch + 1}: "
             "the last checkpoint stays; try a smaller --lr"
@@ -758,7 +837,8 @@ def end_epoch(
     # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    save_checkpoint(out, module, optimizer, epoch=epoch + 1, **note)
+    needed = optimizer if epoch + 1 < epochs else None
+    save_checkpoint(out, module, needed, epoch=epoch + 1, **note)
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -767,50 +847,70 @@ def read_metrics(out: Path) -> list[dict]:
     return list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
 
 
-def write_result(out: Path, args, task, encoded, found, seconds: float, baseline=None) -> dict:
+def write_result(
+    out: Path,
+    name: str,
+    args,
+    clip: Clip,
+    task: data.Task,
+    encoded: list[EncodedTest],
+    found: list[dict],
+    start: float,
+    baseline: dict | None = None,
+) -> dict:
     """predictions.npz and result.json → the result.
 
-    found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and "arrays" of [N], where
-    there are any. `baseline` is the result of the plain method's run.
+    name: the method's. found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and
+    "arrays" of [N], where there are any. `baseline` is the result of the plain method's run.
     """
     tests, arrays = [], {}
     for i, (test, frozen, row) in enumerate(zip(task.tests, encoded, found, strict=True)):
         tests.append({
             "dataset": test.name, "domain": test.domain, "classes": test.classes,
-            "n": len(test.items), "template": test.template,
+            "n": len(test.items), "images": test.images, "template": test.template,
             "zero_shot": evaluate(frozen.zero_shot, frozen.labels),
             "baseline": baseline and baseline["tests"][i]["tuned"],
             "tuned": evaluate(row["tuned"], frozen.labels), "extra": row.get("extra", {}),
         })  # fmt: skip
-        kept = {"zero_shot": probabilities(frozen.zero_shot), "tuned": probabilities(row["tuned"]),
-                "labels": frozen.labels, **row.get("arrays", {})}  # fmt: skip
+        kept = {"labels": frozen.labels, **row.get("arrays", {})}
+        for kind, logits in {"zero_shot": frozen.zero_shot, "tuned": row["tuned"]}.items():
+            kept[kind] = probabilities(logits)
+            of_image = outcomes(logits, frozen.labels)
+            kept |= {f"{kind}_{key}": value for key, value in of_image.items()}
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
-    result = {"method": args.method, "settings": vars(args), "tests": tests, "split": task.split,
-              "harmonic_mean": harmonic_means(tests), "seconds": round(seconds, 2),
-              "versions": VERSIONS, "notes": task.notes}  # fmt: skip
+    trained = read_run(args.eval)["settings"] if args.eval else vars(args)
+    training = {"run": os.path.abspath(args.eval or out), "split": task.split,
+                **{key: trained[key] for key in TRAINING}}  # fmt: skip
+    result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
+              "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
+              "split": task.split, "harmonic_mean": harmonic_means(tests, trained["dataset"]),
+              "seconds": round(time.time() - start, 2), "versions": VERSIONS,
+              "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
     return result
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes 0, so that
-    predictions of a thousand classes compress well."""
-    return F.threshold(logits.softmax(dim=-1), torch.finfo(torch.float16).tiny, 0).half()
+    """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes its least
+    number, so that predictions of a thousand classes compress well and their logs are finite."""
+    return logits.softmax(dim=-1).clamp(min=torch.finfo(torch.float16).tiny).half()
 
 
-def harmonic_means(tests: list[dict]) -> dict[str, float]:
-    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
-    {} if there is neither. Other datasets (--test-on) do not count."""
-    own = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
+def harmonic_means(tests: list[dict], trained: str) -> dict[str, float]:
+    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains,
+    of the dataset that was trained on; {} if there is neither."""
+    first = tests[0]
+    own = [test for test in tests[1:] if test["dataset"] == first["dataset"] == trained]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
-    others = new or [test for test in own if test["domain"]]
+    domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
+    others = new or domains
     means = {}
-    for column, first in measures(tests[0]).items() if others else ():
+    for column, found in measures(first).items() if others else ():
         rest = [measures(test)[column]["accuracy"] for test in others]
-        means[column] = harmonic_mean(first["accuracy"], sum(rest) / len(rest))
+        means[column] = harmonic_mean(found["accuracy"], sum(rest) / len(rest))
     return means
 
 
@@ -820,9 +920,10 @@ def measures(test: dict) -> dict[str, dict[str, float]]:
     return kinds | test["extra"]
 
 
-def report(result: dict, out: Path, baseline: str, method: str) -> None:
-    """Print the run's one table; `baseline` and `method` are names."""
-    titles = {"zero_shot": "zero-shot", "baseline": baseline, "tuned": method}
+def report(result: dict, out: Path) -> None:
+    """Print the run's one table."""
+    titles = {"zero_shot": "zero-shot", "baseline": result["baseline_name"],
+              "tuned": result["name"]}  # fmt: skip
     first = result["tests"][0]
     unsaid = (first["dataset"], "", "all")
     rows = [
@@ -845,9 +946,11 @@ def report(result: dict, out: Path, baseline: str, method: str) -> None:
     for label, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
-    folder = result["settings"]["eval"] or out
+    evaluated = result["settings"]["eval"]
+    more = "" if evaluated else "another --seed, "
     print(
         f"written to {out}",
-        f"try next: another --seed, or python tools/use.py predict {folder} IMAGE",
+        f"try next: {more}python tools/page.py {out}, "
+        f"or python tools/use.py predict {evaluated or out} IMAGE",
         sep="\n",
     )

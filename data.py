@@ -23,7 +23,7 @@ import re
 import sys
 import unicodedata
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from toyclip import world
 
@@ -64,7 +65,9 @@ def require(condition: object, message: str) -> None:
 def run(main) -> None:
     """Run a script's main. What stops it is one line on stderr, no traceback, and an exit status:
     2 = the user's to mend, 1 = numbers that are not finite, no space, no memory, 130 = Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what it cannot show
+    # Class names may hold what stdout cannot show. It may be a notebook's, or closed.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:
@@ -103,6 +106,16 @@ def write(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def progress(things: Iterable, text: str) -> tqdm:
+    """A bar on stderr; where that is no terminal (a log file, a notebook), a line a minute."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    words = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n"
+    lines = {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": words}
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    more = {} if terminal else lines
+    return tqdm(things, text, leave=False, disable=sys.stderr is None or not first, **more)
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -223,6 +236,7 @@ class Found:
     sets: dict[tuple[str, str], list[Item]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what its user has to know
     faults: list[str] = field(default_factory=list)  # what its user has to mend first
+    whole: bool = False  # nothing of it is trained on, so that nothing needs to be held out
     real: dict[str, str] = field(default_factory=dict)  # of every image: where links lead
 
 
@@ -238,6 +252,7 @@ def read(name: str, args: argparse.Namespace) -> Found:
 def find(name: str, args: argparse.Namespace) -> Found:
     """The same with its faults, as far as they do not keep it from being read."""
     found = locate(name, args)
+    found.whole = not trained_here(found, args)
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
     require(
         has_domains(found) or not any(flags),
@@ -263,6 +278,16 @@ def find(name: str, args: argparse.Namespace) -> Found:
     return found
 
 
+def trained_here(found: Found, args: argparse.Namespace) -> bool:
+    """Whether this dataset is trained on: it is --dataset or, with --eval, what that run was
+    trained on, by its name or its folder. Of others nothing has to be held out."""
+    if not vars(args).get("eval"):
+        return found.name == args.dataset
+    config = read_json(Path(args.eval, "config.json"))
+    same_folder = found.root and real_name(found.root) == real_name(config["root"])
+    return same_folder or found.name == config["settings"]["dataset"]
+
+
 def has_domains(found: Found) -> bool:
     return "?P<domain>" in found.source.paths and found.source is not OWN["folder"]
 
@@ -279,7 +304,8 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
         return Found(name, OWN[kind], root)
     known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
-    require(name in SOURCES, f"no dataset is called {name!r}: use {', '.join(known)}")
+    advice = f"did you mean folder:{name}?" if os.path.isdir(name) else f"use {', '.join(known)}"
+    require(name in SOURCES, f"no dataset is called {name!r}: {advice}")
     source = SOURCES[name]
     data_root = os.path.expanduser(args.data_root)
     places = [os.path.join(data_root, place) for place in source.images.split()]
@@ -316,7 +342,11 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
 def address_of(found: Found, path: str, where: str) -> str:
     """The address of an image that a list names by its path below the root."""
     address = os.path.join(found.root, *path.replace("\\", "/").split("/"))
-    require(address in found.real, f"{where}: no image {address}: unpack the images again")
+    file = os.path.basename(address).lower()
+    missing = address not in found.real
+    near = [a for a in found.real if os.path.basename(a).lower() == file] if missing else []
+    advice = f"it has to say {below(near[0], found.root)}" if near else "unpack the images again"
+    require(not missing, f"{where}: no image {address}: {advice}")
     return address
 
 
@@ -379,7 +409,7 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
             match = fits(place + file.name)
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
-                    left["hidden or own folders"] += 1
+                    left[f"folder {place}{file.name}"] += 1
                 # A link to a folder on the way would have no end.
                 elif not any(f"{up}/".startswith(f"{real}/") for up in way):
                     below_root = unicodedata.normalize("NFC", f"{place}{file.name}/")
@@ -426,7 +456,8 @@ def check_parts(found: Found, rows: list[Row]) -> None:
         found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
     kinds = sorted(PARTS[folder.lower()] for folder in parts)
     require(
-        kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"]),
+        kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
+        or (found.whole and kinds == ["test"]),
         f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
     )
     if own and parts:
@@ -443,12 +474,14 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
         return read_lists(found, rows, files) if files else rows
     train, test = flags if any(flags) else found.source.domains
     if found.name.startswith("nico") and not any(flags):
-        found.notes.append("the last 30 % of every class's contexts, by name, are held out")
+        found.notes.append("of a class's n contexts the last round(0.3 n), by name, are held out")
         rows = hold_out_contexts(rows)
     known = sorted({domain for *_, domain in rows})
+    test = test or (known if found.whole else [])
     train = train or [domain for domain in known if domain not in test]
     test = test or [domain for domain in known if domain not in train]
-    good = train and test and {*train, *test} <= {*known} and not {*train} & {*test}
+    some = test and (train or found.whole)
+    good = some and {*train, *test} <= {*known} and not {*train} & {*test}
     require(
         good,
         f"{found.name}: trains on {train}, tests on {test}: "
@@ -565,6 +598,10 @@ def split_rest(found: Found) -> None:
     """
     sets = found.sets
     ood = any(domain for _, domain in sets)
+    if found.whole and not sets["test", ""]:
+        sets["test", ""] = [*sets.pop(("train", "")), *sets.pop(("val", ""))]
+        sets |= {("train", ""): [], ("val", ""): []}
+        found.notes.append(f"all its {len(sets['test', ''])} images are tested on")
     if sets["val", ""] and not (sets["test", ""] or found.source.lists):  # PACS's lists: val stays
         sets["test", ""], sets["val", ""] = sets["val", ""], []
         found.notes.append("its val is the test part")
@@ -673,10 +710,25 @@ def keep_labels(items: list[Item], labels: range) -> list[Item]:
     return [(address, label - labels.start) for address, label in items if label in labels]
 
 
+def numbered(names: list[str]) -> list[tuple[str, int]]:
+    """Of each name also how often it stood before. WHY: two of ImageNet's classes are called
+    "missile"; a class is known by such a pair, not by its name."""
+    return [(name, names[:i].count(name)) for i, name in enumerate(names)]
+
+
 # 5. TASKS -----------------------------------------------------------------------------------------
+def item_lines(items: list[Item], root: str) -> list[str]:
+    """ "path below the root<tab>label" of each image: the same wherever the dataset lies."""
+    return [f"{below(address, root)}\t{label}" for address, label in items]
+
+
+def fingerprint(lines: list[str]) -> str:
+    return hashlib.sha1("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 @dataclass
 class Test:
-    """One test set. tests[0] of a task is in-distribution, another domain of its name is not."""
+    """One test set. The first of a task is in-distribution; those with a domain are not."""
 
     name: str
     domain: str  # "" where the dataset has none
@@ -684,6 +736,12 @@ class Test:
     classnames: list[str]
     template: str
     items: list[Item]
+    root: str = ""
+
+    @property
+    def images(self) -> str:
+        """Hash of the images, their labels and the class names."""
+        return fingerprint(item_lines(self.items, self.root) + self.classnames)
 
 
 @dataclass
@@ -702,8 +760,7 @@ class Task:
     @property
     def split(self) -> str:
         """Hash of the training images."""
-        text = "\n".join(self.lines)
-        return hashlib.sha1(text.encode("utf-8", "surrogateescape")).hexdigest()
+        return fingerprint(self.lines)
 
     def validation(self) -> list[Test]:
         """The validation part of the training classes."""
@@ -712,7 +769,8 @@ class Task:
 
 
 def load_task(args: argparse.Namespace) -> Task:
-    """What the data flags ask for."""
+    """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
+    what that run was trained on."""
     name = args.dataset
     require(
         re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"),
@@ -720,46 +778,56 @@ def load_task(args: argparse.Namespace) -> Task:
     )
     found = read(name, args)
     n = len(found.classnames)
-    require(found.sets["train", ""], f"{name} is for testing only: train with --test-on {name}")
     require(args.classes == "all" or n > 3, f"{name}: {n} classes have no base and new half")
     classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
-    drawn = fewshot(found.sets["train", ""], found.sets["val", ""], args.shots, args.seed)
-    train, val = (keep_labels(items, range(len(classnames))) for items in drawn)
-    least = min(collections.Counter(label for _, label in train).values(), default=0)
-    if args.shots != "all" and least < args.shots:
-        found.notes.append(f"a class has {least} training images, no more")
     template = args.template or found.source.template
+    teacher = args.template or found.source.teacher or template
     tests = make_tests(found, args.classes, args.test_part, template)
+    notes = found.notes
+    places = [real_name(found.root) if found.root else name]
     for other in args.test_on:
         target = read(other, args)
-        added = make_tests(target, "all", args.test_part, target.source.template)
-        tested = {target.real.get(address) for test in added for address, _ in test.items}
-        both = tested & {found.real.get(address, "toy") for address, _ in train}
-        told = f"{other}: {len(both)} of its test images are trained on: remove them"
-        require(not both or vars(args).get("eval"), told)  # with --eval nothing is trained on here
-        tests += added
-        found.notes += [f"{other}: {note}" for note in target.notes]
-    lines = [f"{below(address, found.root)}\t{label}" for address, label in train]
-    teacher = args.template or found.source.teacher or template
-    return Task(
-        name, classnames, template, teacher, train, val, tests, found.notes, lines, found.root
-    )
+        tests += make_tests(target, "all", args.test_part, target.source.template)
+        own = [f"its template is {target.source.template!r}"] if args.template else []
+        notes += [f"{other}: {note}" for note in own + target.notes]
+        places.append(real_name(target.root) if target.root else other)
+        require(len({*places}) == len(places), f"{other} is tested on twice: name it once")
+    task = Task(name, classnames, template, teacher, [], [], tests, notes, [], found.root)
+    evaluated = vars(args).get("eval")
+    if not evaluated:
+        draw(task, found.sets, args)
+    trained = {"train": task.lines, "root": task.root, "settings": vars(args)}
+    config = read_json(Path(evaluated, "config.json")) if evaluated else trained
+    task.lines = config["train"]
+    seen = trained_on(task, config)
+    told = [f"{len(seen)} test images are trained on, as {address}" for address in seen[:1]]
+    require(evaluated or not seen, f"{''.join(told)}: remove them")
+    task.notes += told
+    return task
 
 
-def trained_on(task: Task, config: dict) -> int:
-    """How many test images the run with this config.json was trained on. Images of its own dataset,
+def draw(task: Task, sets: dict[tuple[str, str], list[Item]], args: argparse.Namespace) -> None:
+    """Put the few shots of the task's classes into it."""
+    require(sets["train", ""], f"{task.name} is for testing only: train with --test-on {task.name}")
+    drawn = fewshot(sets["train", ""], sets["val", ""], args.shots, args.seed)
+    labels = range(len(task.classnames))
+    task.train, task.val = (keep_labels(items, labels) for items in drawn)
+    task.lines = item_lines(task.train, task.root)
+    least = min(collections.Counter(label for _, label in task.train).values(), default=0)
+    if args.shots != "all" and least < args.shots:
+        task.notes.append(f"a class has {least} training images, no more")
+
+
+def trained_on(task: Task, config: dict) -> list[str]:
+    """The test images that the run with this config.json is trained on. Those of its own dataset,
     which may have moved, are compared by their paths below its folder, others by real paths."""
     trained = {line.rpartition("\t")[0] for line in config["train"]}
-    seen = 0
-    others = []
-    for test in task.tests:
-        if test.name == task.name == config["settings"]["dataset"]:
-            seen += sum(below(address, task.root) in trained for address, _ in test.items)
-        else:
-            others += test.items
+    own = [test for test in task.tests if test.name == config["settings"]["dataset"]]
+    seen = [a for test in own for a, _ in test.items if below(a, test.root) in trained]
+    others = [a for test in task.tests if test not in own for a, _ in test.items]
     if others:  # real paths of all trained images take a while to ask for
         real = {real_name(os.path.join(config["root"], path)) for path in trained}
-        seen += sum(real_name(address) in real for address, _ in others)
+        seen += [address for address in others if real_name(address) in real]
     return seen
 
 
@@ -776,12 +844,15 @@ def make_tests(found: Found, classes: str, part: str, template: str) -> list[Tes
     for domain, items in domains.items():
         for which, labels in ({"all": range(n)} if classes == "all" else halves).items():
             names, own = found.classnames[labels.start : labels.stop], keep_labels(items, labels)
-            tests += [Test(found.name, domain, which, names, template, own)] if own else []
+            test = Test(found.name, domain, which, names, template, own, found.root)
+            tests += [test] if own else []
     require(tests, f"{found.name} has no images in its {part} part")
     return tests
 
 
 def number_or_all(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
     return text if text == "all" else int(text)
 
 
@@ -900,19 +971,20 @@ class ImageSet(Dataset):
             return self.transform(read_image(address)), label, i
 
 
-def image_loader(images: ImageSet, lists: list[list[int]], args) -> DataLoader:
-    """A DataLoader over lists of positions in `images`, with --workers processes.
+def load_images(images: ImageSet, lists: list[list[int]], args, text: str) -> Iterator:
+    """A batch for each list of positions in `images`, decoded by --workers processes, with a bar.
+    UserError names every broken image at once.
 
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
     n = min(args.workers, len(images) // 64)
-    return DataLoader(
-        images,
-        batch_sampler=lists,
-        num_workers=n,
-        persistent_workers=n > 0,
-        pin_memory=args.device != "cpu",
-    )
+    pinned = args.device != "cpu"
+    loader = DataLoader(images, batch_sampler=lists, num_workers=n, pin_memory=pinned)
+    try:
+        yield from progress(loader, text)
+    except UserError as error:
+        bad = bad_images(images.items) or [str(error)]
+        raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
 
 
 # 7. THE COMMAND: what is there --------------------------------------------------------------------

@@ -69,7 +69,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_IMAGENET_TEMPLATES
-from tqdm import tqdm
 
 import common
 import data
@@ -94,11 +93,9 @@ def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
     tensor([3., 1.])
     """
     dot = (g_d * g_g).sum()
-    norm2 = (g_g * g_g).sum()
-    conflict = (dot < 0) & (norm2 > 0)
-    # Eq. 5: g = g_d - lam * dot / norm2 * g_g   where dot < 0
-    share = lam * dot / torch.where(conflict, norm2, torch.ones_like(norm2))  # never 0 / 0
-    return g_d - torch.where(conflict, share, torch.zeros_like(share)) * g_g
+    norm2 = (g_g * g_g).sum().clamp(min=torch.finfo(g_g.dtype).tiny)  # never 0 / 0
+    # Eq. 5: g = g_d - λ · dot / |g_g|² · g_g, where dot < 0
+    return g_d - lam * dot.clamp(max=0) / norm2 * g_g
 
 
 def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
@@ -267,8 +264,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
     hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(learner.parameters(), **hyper)
     first = common.resume(out, learner, optimizer)
-    for epoch in tqdm(range(first, args.epochs), out.name, leave=False, disable=None):
-        x, labels = views(epoch)  # [N, D], [N]
+    for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
         # Eq. 6: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -285,7 +281,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
         note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(out, epoch, learner, optimizer, line, **note)
+        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
     return learner
 
 
@@ -320,11 +316,18 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
     found = []
     for frozen in encoded:
         found.append({"tuned": class_logits(learner, clip, frozen.test.classnames, frozen.x)})
-    seconds = time.time() - start
-    return common.write_result(out, args, task, encoded, found, seconds, baseline)
+    name = method_name(args)
+    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
+def method_name(args: argparse.Namespace) -> str:
+    """What these settings are called in tables."""
+    if args.epochs == 0:
+        return "untrained"
+    return "CoOp" if args.lam == 0 else "ProGrad" if args.rule == "project" else "CE + KL"
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds."""
     args = common.settle(build_parser(), argv, "prograd", defaults)
@@ -335,10 +338,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.csc and args.eval:
         same = common.read_run(args.eval)["classnames"] == task.classnames
         require(same, f"{args.eval} has contexts for its own classes (--csc), not for these")
-    method = "CoOp" if args.lam == 0 else "ProGrad" if args.rule == "project" else "CE + KL"
-    compare = args.compare and method != "CoOp" and not args.eval
+    task.notes += common.warmup_notes(args)
+    compare = args.compare and args.lam != 0 and not args.eval
     clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
-    out = common.open_run(args, task, clip, f"{method} against {'CoOp and ' * compare}zero-shot")
+    against = "CoOp and zero-shot" if compare else "zero-shot"
+    out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)
     encoded = common.encode_tests(args, clip, task.tests)
     baseline = None
@@ -346,7 +350,7 @@ def main(argv: list[str] | None = None) -> dict:
         plain = argparse.Namespace(**vars(args) | {"lam": 0.0})
         baseline = fit(plain, clip, task, views, encoded, out / "baseline")
     result = fit(args, clip, task, views, encoded, out, baseline)
-    common.report(result, out, "CoOp", method)
+    common.report(result, out)
     return result
 
 

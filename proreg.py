@@ -65,6 +65,8 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import itertools
+import math
 import os
 import sys
 import time
@@ -75,7 +77,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import common
 import data
@@ -361,58 +362,49 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
-    batches = training_stream(args, clip, task)
-    for epoch in range(common.resume(out, learner, optimizer), args.epochs):
-        # The last batch may be smaller, and is kept, as released.
-        order = torch.randperm(
-            len(task.train), generator=data.generator(args.seed, "order", epoch)
-        ).split(args.batch_size)[: args.max_steps or None]
-        progress = tqdm(
-            order,
-            f"{out.name} {epoch + 1}/{args.epochs}",
-            leave=False,
-            disable=processes()[0] > 0 or None,  # None: where stderr is no terminal
-        )
+    views = training_stream(args, clip, task)
+    first = common.resume(out, learner, optimizer)
+    for epoch, batches in common.epochs(args, first, views, out.name):
         sums = next(learner.parameters()).new_zeros(6)
-        for i, (batch, parts) in enumerate(zip(progress, batches(epoch, order))):
-            share = warmup_linear(epoch * len(order) + i, args.epochs * len(order), args.warmup)
+        for i, (size, parts) in enumerate(batches):
+            rate = warmup_linear(epoch * len(batches) + i, args.epochs * len(batches), args.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+                group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
             for part in parts:
                 part = [tensor.to(clip.device, non_blocking=True) for tensor in part]
                 loss, numbers = step(learner, clip, teacher, *part, args)
                 # WHY this factor: summed over parts and processes it is the mean over the batch.
-                scaler.scale(loss * (len(part[0]) / len(batch))).backward()
+                scaler.scale(loss * (len(part[0]) / size)).backward()
                 sums += numbers
             add_gradients(learner)
             # Eq. 7
             scaler.step(optimizer)
             scaler.update()
-        end_epoch(args, clip, task, out, epoch, learner, optimizer, share, sums)
+        end_epoch(args, clip, task, out, epoch, learner, optimizer, rate, sums)
     if args.select == "val" and processes()[0] == 0:
         common.load_checkpoint(out / "best", learner)
     return learner
 
 
 def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
-    """A function (epoch, its batches) → for each batch an iterator over what this process takes of
+    """A function epoch → for each batch its size, and an iterator over what this process takes of
     it: every K-th image, in at most --accumulate parts (images, labels, positions)."""
     rank, world = processes()
-    images = data.ImageSet(
-        task.train, data.train_transform(clip.preprocess, args.augment), args.seed
-    )
-    parts = []  # lists of positions, refilled every epoch, so that the loader's workers stay
-    loader = data.image_loader(images, parts, args)
+    transform = data.train_transform(clip.preprocess, args.augment)
+    images = data.ImageSet(task.train, transform, args.seed)
 
-    def batches(epoch: int, order: tuple[Tensor, ...]) -> Iterator:
+    def batches(epoch: int) -> list[tuple[int, Iterator]]:
+        # The last batch may be smaller, and is kept, as released.
+        shuffled = torch.randperm(len(images), generator=data.generator(args.seed, "order", epoch))
+        whole = shuffled.split(args.batch_size)[: args.max_steps or None]
         view = epoch % args.views if args.views else epoch
-        chunks = [batch[rank::world].chunk(args.accumulate) for batch in order]
-        shares = [[part for part in share if len(part)] for share in chunks]
-        parts[:] = [(part + view * len(images)).tolist() for share in shares for part in share]
-        loaded = iter(loader)
-        for share in shares:
-            yield (next(loaded) for _ in share)
+        chunks = [batch[rank::world].chunk(args.accumulate) for batch in whole]
+        shares = [[part for part in parts if len(part)] for parts in chunks]
+        lists = [(part + view * len(images)).tolist() for parts in shares for part in parts]
+        loaded = data.load_images(images, lists, args, f"epoch {epoch + 1}")
+        sizes = map(len, whole)
+        return [(n, itertools.islice(loaded, len(parts))) for n, parts in zip(sizes, shares)]
 
     return batches
 
@@ -450,16 +442,16 @@ def add_gradients(learner: PromptedClassifier) -> None:
         parameter.grad = grad.view_as(parameter)
 
 
-def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, share, sums) -> None:
-    """Write the epoch's line, a checkpoint and, with --select val, the best weights so far. share:
-    of the peak rate, at its last step."""
+def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate, sums) -> None:
+    """Write the epoch's line, a checkpoint and, with --select val, the best weights so far. rate:
+    of its last step, as a share of the peak."""
     if processes()[1] > 1:
         dist.all_reduce(sums)
     if processes()[0] > 0:
         return
     loss, loss_ce, right, w, above = sums[1:] / sums[0]
-    line = {"lr": args.lr * share, "loss": loss, "loss_ce": loss_ce,
-            "train_accuracy": 100 * right, "w_mean": w, "w_above_half": above}  # fmt: skip
+    line = {"lr": args.lr * rate, "loss": loss, "loss_ce": loss_ce, "train_accuracy": 100 * right}
+    line |= {"w_mean": w, "w_above_half": above} if args.loss != "ce" else {}
     note = {"classnames": task.classnames, "template": task.template}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
         found = tuned_logits(args, clip, learner, task.validation()[0])
@@ -468,7 +460,7 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, share
         earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
         if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
             common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
-    common.end_epoch(out, epoch, learner, optimizer, line, **note)
+    common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
@@ -477,9 +469,11 @@ def class_logits(
     learner: PromptedClassifier, clip: Clip, classnames: list[str], x: Tensor, template: str
 ) -> Tensor:
     """Logits [N, C] of features x [N, D] of the tuned encoder: by the learned classifier if it has
-    all of the names, else by their prompts, to see what the encoder has forgotten."""
-    if set(classnames) <= set(learner.classnames):
-        return learner(x)[:, [learner.classnames.index(name) for name in classnames]]
+    all of the classes, else by their prompts, to see what the encoder has forgotten. Of classes of
+    one name the k-th is meant by the k-th mention."""
+    own, asked = data.numbered(learner.classnames), data.numbered(classnames)
+    if set(asked) <= set(own):
+        return learner(x)[:, [own.index(name) for name in asked]]
     return learner(x, common.prompt_features(clip, classnames, template))
 
 
@@ -538,29 +532,40 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
     if processes()[0] > 0:
         return {}
     found = evaluate(args, clip, learner, encoded)
-    return common.write_result(out, args, task, encoded, found, time.time() - start, baseline)
+    name = method_name(args)
+    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
 def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data, or each other."""
     require(args.loss != "kd" or args.alpha <= 1, "--alpha of --loss kd is a share: 1 at most")
-    require(processes()[1] <= min(args.batch_size, len(task.train)), "too small batches to share")
-    if not args.eval and (args.select == "val" or args.eval_every):
-        task.validation()
     trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
-    unseen = any(set(test.classnames) - set(trained) for test in task.tests)
+    if not args.eval:
+        smallest = min(args.batch_size, len(task.train))
+        require(processes()[1] <= smallest, "too small batches to share")
+        if args.select == "val" or args.eval_every:
+            task.validation()
+        steps = args.epochs * math.ceil(len(task.train) / args.batch_size)
+        if int(steps * args.warmup) == 0 < args.warmup:
+            task.notes.append(f"{steps} steps are too few for --warmup {args.warmup:g}")
+    known = set(data.numbered(trained))
+    unseen = any(set(data.numbered(test.classnames)) - known for test in task.tests)
     require(
         args.head == "text" or not (args.wise_ft or unseen),
         "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on",
     )
 
 
+def method_name(args: argparse.Namespace) -> str:
+    """What these settings are called in tables."""
+    return {"proreg": "ProReg", "kd": "KD", "ce": "fine-tuning"}[args.loss]
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds (in the first process)."""
     args = common.settle(build_parser(), argv, "proreg", defaults)
     join_processes(args)
-    method = {"proreg": "ProReg", "kd": "KD", "ce": "fine-tuning"}[args.loss]
     compare = args.compare and args.loss != "ce" and not args.eval
     task = data.load_task(args)
     check_task(args, task)
@@ -569,7 +574,7 @@ def main(argv: list[str] | None = None) -> dict:
     encoded = []
     if processes()[0] == 0:
         against = "fine-tuning and " * compare + "zero-shot"
-        out = common.open_run(args, task, clip, f"{method} against {against}")
+        out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
         encoded = common.encode_tests(args, clip, task.tests)
     baseline = None
     if compare:
@@ -577,7 +582,7 @@ def main(argv: list[str] | None = None) -> dict:
         baseline = fit(plain, clip, task, encoded, out / "baseline")
     result = fit(args, clip, task, encoded, out, baseline)
     if processes()[0] == 0:
-        common.report(result, out, "fine-tuning", method)
+        common.report(result, out)
     return result
 
 

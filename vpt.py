@@ -78,7 +78,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 import data
@@ -358,8 +357,7 @@ def train(
     hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(learner.parameters(), **hyper)  # without a gradient no decay either
     first = common.resume(out, learner, optimizer)
-    for epoch in tqdm(range(first, args.epochs), out.name, leave=False, disable=None):
-        x, labels = views(epoch)  # [N, D], [N]
+    for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         batches = data.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
@@ -378,7 +376,7 @@ def train(
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
         note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(out, epoch, learner, optimizer, line, **note)
+        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
     return learner
 
 
@@ -407,7 +405,7 @@ def predict(
     chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (4 * floats)))  # a quarter: the encoder needs it
     shared = text_features(x[:1]) if learner.kind == "global" else None
     rows = []
-    for part in tqdm(x.split(chunk), "evaluate", leave=False, disable=None):
+    for part in common.progress(x.split(chunk), "evaluate"):
         text = text_features(part) if shared is None else shared
         logits = sample_logits(part, text, clip.scale)  # [1 + L, B, C]
         samples = logits[1:] if n_residuals > 1 else logits
@@ -446,21 +444,25 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
         if args.samples:
             row["extra"] = {"mean_residual": common.evaluate(row["mean_residual"], frozen.labels)}
         found.append(row)
-    seconds = time.time() - start
-    return common.write_result(out, args, task, encoded, found, seconds, baseline)
+    name = method_name(args)
+    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
+def method_name(args: argparse.Namespace) -> str:
+    """What these settings are called in tables."""
+    return "VPT" if args.samples else DETERMINISTIC[args.posterior]
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds."""
     args = common.settle(build_parser(), argv, "vpt", defaults)
-    plain_name = DETERMINISTIC[args.posterior]
-    method = "VPT" if args.samples else plain_name
     compare = args.compare and args.samples and not args.eval
     task = data.load_task(args)
+    task.notes += common.warmup_notes(args)
     clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
-    against = f"{plain_name} and zero-shot" if compare else "zero-shot"
-    out = common.open_run(args, task, clip, f"{method} against {against}")
+    against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
+    out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)
     encoded = common.encode_tests(args, clip, task.tests)
     baseline = None
@@ -468,7 +470,7 @@ def main(argv: list[str] | None = None) -> dict:
         plain = argparse.Namespace(**vars(args) | {"samples": 0})
         baseline = fit(plain, clip, task, views, encoded, out / "baseline")
     result = fit(args, clip, task, views, encoded, out, baseline)
-    common.report(result, out, plain_name, method)
+    common.report(result, out)
     return result
 
 

@@ -445,7 +445,8 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (note,) = [note for note in read("folder:.").notes if "left out" in note]
     assert "1 (.HEIC)" in note and "1 (no ending)" in note and "1 (no class folder)" in note
-    assert "3 (hidden or own folders)" in note
+    for folder in (".git", "cache", "runs"):  # named: one may be a misspelt class
+        assert f"folder {folder}" in note
     assert read("folder:.").classnames == ["cat", "dog"]
 
 
@@ -541,7 +542,7 @@ def test_further_test_sets_hold_no_trained_image(tmp_path):
     two = {"shots": "all", "test_on": [f"folder:{tmp_path}/two"]}
     assert len(load(f"folder:{tmp_path}/one", **two).tests) == 2
     (tmp_path / "two/test/cat/link.png").symlink_to(tmp_path / "one/train/cat/train0.png")
-    with pytest.raises(UserError, match="two: 1 of its test images are trained on: remove them"):
+    with pytest.raises(UserError, match="1 test images are trained on, as .*link.png: remove them"):
         load(f"folder:{tmp_path}/one", **two)
 
 
@@ -549,16 +550,16 @@ def test_tested_images_that_were_trained_on(tmp_path):
     photos(tmp_path, n=10)
     task = load(f"folder:{tmp_path}", shots="all")
     run = {"settings": {"dataset": task.name}, "root": task.root, "train": task.lines}
-    assert data.trained_on(task, run) == 0
+    assert not data.trained_on(task, run)
     tested = [f"{data.below(path, task.root)}\t0" for path, _ in task.tests[0].items[:3]]
     run["train"] = task.lines + tested
-    assert data.trained_on(task, run) == 3
-    assert data.trained_on(task, run | {"root": "moved"}) == 3
+    assert len(data.trained_on(task, run)) == 3
+    assert len(data.trained_on(task, run | {"root": "moved"})) == 3
     (tmp_path / "b").symlink_to(tmp_path)  # the same photos, otherwise called
     other = load(f"folder:{tmp_path}/b", shots="all")
-    assert data.trained_on(other, run) == 3
+    assert len(data.trained_on(other, run)) == 3
     run["root"] = "moved"
-    assert data.trained_on(other, run) == 0
+    assert not data.trained_on(other, run)
 
 
 def test_toy_tasks():
