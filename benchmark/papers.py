@@ -81,7 +81,8 @@ def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]
     tests = tests_of(row, column)
     templates = [(test["dataset"], test["template"]) for test in tests]
     if kind != "zero_shot":
-        templates.append((trained["dataset"], trained["template"]))
+        own = data.SOURCES[trained["dataset"]].template
+        templates.append((trained["dataset"], trained["template"] or own))
         away = {test["dataset"] for test in row.example["tests"]} - {trained["dataset"]}
         inside = "base-to-new" if trained["classes"] == "base" else "few-shot"
         outside = "domain-generalisation" if away <= SHIFTED else "cross-dataset"

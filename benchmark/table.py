@@ -118,9 +118,12 @@ def columns_of(result: dict) -> dict[str, list[dict]]:
     away = [test for test in rest if test["dataset"] != first["dataset"]]
     own = [test for test in rest if test["dataset"] == first["dataset"]]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
+    domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
     found = {test_name(test, first["dataset"]): [test] for test in result["tests"]}
     found |= {f"mean of {len(away)} others": away} if len(away) > 1 else {}
-    return found | ({SIDES[0]: [first], SIDES[1]: new or own} if result["harmonic_mean"] else {})
+    return found | (
+        {SIDES[0]: [first], SIDES[1]: new or domains} if result["harmonic_mean"] else {}
+    )
 
 
 def figures_of(results: dict[int, dict], measure: str) -> dict[tuple, dict]:

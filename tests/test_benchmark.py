@@ -88,11 +88,11 @@ def result(folder: str, dataset="dtd", tuned=60.0, *, images="same", train=None,
         what = {"dataset": dataset, "domain": "", "classes": part, "template": own, "n": 10}
         tests.append(what | kinds | {"images": images + part, "extra": {}})
     training = {key: settings[key] for key in ("dataset", "classes", "shots", "seed")}
-    training |= {"run": folder, "split": folder, "template": own} | (train or {})
+    training |= {"run": folder, "split": folder, "template": settings["template"]} | (train or {})
     content = {"settings": settings, "tests": tests, "training": training, "clip": "c" * 40}
     content["name"] = "ProGrad" if settings["lam"] else "CoOp"
     content["baseline_name"] = "CoOp" if settings["compare"] else None
-    content["harmonic_mean"] = common.harmonic_means(tests)
+    content["harmonic_mean"] = common.harmonic_means(tests, dataset)
     data.write(Path(folder, "result.json"), json.dumps(content).encode())
     return folder
 
