@@ -33,8 +33,9 @@ def method_of(row: table.Row, kind: str) -> str | None:
     """The method's name in papers.csv; None where its training is not a published one's."""
     name = {"zero_shot": "zero-shot", "baseline": row.baseline, "tuned": row.name}[kind]
     settings = row.example["settings"]
-    if name == "CoOp" and settings["method"] != "prograd":
-        return None  # vpt.py's deterministic base is trained as VPT is
+    scripts = {"CoOp": ["prograd"]}.get(name, table.SCRIPTS)  # vpt.py's base is trained as VPT is
+    if kind != "zero_shot" and settings["method"] not in scripts:
+        return None
     many = name == "ProGrad" and settings["teacher"] == "ensemble"
     return "ProGrad++" if many else name
 

@@ -34,9 +34,10 @@ SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
 FREE = {"seed", "out_dir", "resume", "eval", "workers", "cache_dir", "data_root", "download"}
 FREE |= {"device", "memory_gb", "compare", "eval_every"}
 DRAWN = {"run", "seed", "split"}  # what a draw decides of "training" in result.json
-MEASURES = {"accuracy": "accuracy", "class-mean": "mean_class_accuracy", "nll": "nll", "ece": "ece",
-            "H": "accuracy"}  # fmt: skip
-UNITS = {"nll": "NLL, nats", "ece": "ECE, %", "class-mean": "mean of classes, %", "H": "H, %"}
+MEASURES = {  # its key in result.json, and what a table is headed
+    "accuracy": ("accuracy", "accuracy, %"), "nll": ("nll", "NLL, nats"), "ece": ("ece", "ECE, %"),
+    "class-mean": ("mean_class_accuracy", "mean of classes, %"), "H": ("accuracy", "H, %"),
+}  # fmt: skip
 H = ("H", "H of means")
 SIDES = ("in distribution", "the others' mean")  # that H is of; not shown
 ELEVEN = ["imagenet", "fgvc_aircraft", *(k for k, source in data.SOURCES.items() if source.split)]
@@ -73,8 +74,7 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         told = {"clip", "training", "name"} <= result.keys()
         require(told, f"{folder} is of an older version and does not say what its figures are of")
         settings, seed = result["settings"], result["training"]["seed"]
-        name = result["name"] if settings.get("epochs", 1) else "untrained start"
-        row = Row(name, result["baseline_name"], settings["dataset"], result["training"]["shots"])
+        row = Row(result["name"], result["baseline_name"], settings["dataset"], settings["shots"])
         row = rows.setdefault(json.dumps(identity(result), sort_keys=True), row)
         twice = f"{folder} has the training or the seed ({seed}) of another run with equal settings"
         require(seed not in row.results, twice)
@@ -83,7 +83,7 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         kind = [row.name, row.dataset, row.shots]
         alike = [json.loads(k) for k, o in rows.items() if [o.name, o.dataset, o.shots] == kind]
         row.label = " ".join(["{} {} {} shots".format(*kind), *differing(json.loads(key), alike)])
-        row.figures = figures_of(row.results, MEASURES[measure])
+        row.figures = figures_of(row.results, MEASURES[measure][0])
     return list(rows.values())
 
 
@@ -231,7 +231,7 @@ def table(rows: list[Row], measure: str) -> list[list[str]]:
             shown = difference if kind == "difference" else spread
             cells = [shown(values, digits) if values else "" for values in found]
             lines.append([row.label, str(len(row.results)), title_of(row, kind), *cells])
-    return [[UNITS.get(measure, "accuracy, %"), "seeds", "", *tests], *lines]
+    return [[MEASURES[measure][1], "seeds", "", *tests], *lines]
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -257,6 +257,7 @@ def list_runs(file: str) -> list[str]:
 # Plots --------------------------------------------------------------------------------------------
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
 MARKERS = "osD^vPX"
+SHOTS = "training images a class"
 BARS = "(bars: ± standard error over seeds)"
 
 
@@ -319,10 +320,10 @@ def name_lines(axes, lines: dict, names: list[str]) -> None:
 def against_shots(rows: list[Row], measure: str) -> dict:
     """{dataset or mean: {line: points}} of the first test set, or of H, for `draw`. A line joins
     rows that differ in their shots alone."""
-    panels = defaultdict(lambda: defaultdict(dict))
     few = [row for row in rows if row.shots != "all"]
     require(few, "--plot draws accuracy against shots: name runs of few shots")
-    for row in sorted(few, key=lambda row: row.shots):
+    found = defaultdict(list)  # {(what a line is called, of what): its points, with their panels}
+    for row in sorted(few, key=lambda row: (len(row.parts), row.shots)):
         test = "H" if measure == "H" else next(test for test, _ in row.figures if test not in SIDES)
         like = variant(row) | {"shots": "", "name": "", "baseline": ""}
         own = {"zero_shot": {"clip": like["clip"]}, "baseline": like | {"beside": row.name}}
@@ -330,15 +331,15 @@ def against_shots(rows: list[Row], measure: str) -> dict:
             if values := list(row.figures.get((test, kind), {}).values()):
                 key = title_of(row, kind), json.dumps(own.get(kind, like), sort_keys=True)
                 point = (row.shots, statistics.mean(values), standard_error(values), 0.0)
-                panels[row.dataset][key][row.shots] = point
-    keys = list(dict.fromkeys(key for lines in panels.values() for key in lines))
-    alike = data.group(keys, lambda key: key[0])
-    names = {}
-    for title, what in keys:
-        more = differing(json.loads(what), [json.loads(other) for _, other in alike[title]])
-        names[title, what] = " ".join([title, *more])
-    return {panel: {names[key]: list(line.values()) for key, line in lines.items()}
-            for panel, lines in panels.items()}  # fmt: skip
+                found[key].append((row.dataset, point))
+    panels = {row.dataset: {} for row in sorted(few, key=lambda row: len(row.parts))}
+    for (title, what), points in found.items():
+        alike = [json.loads(other) for same, other in found if same == title]
+        name = " ".join([title, *differing(json.loads(what), alike)])
+        for panel, own in data.group(points, lambda point: point[0]).items():
+            require(name not in panels[panel], f"--plot: two lines are called {name}: name fewer")
+            panels[panel][name] = sorted({point for _, point in own})
+    return panels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -366,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(["", *papers.beside(rows)]))
     if args.plot:
         what = lines[0][0] if args.measure == "H" else f"{lines[0][0]} ({lines[0][3]})"
-        draw(against_shots(rows, args.measure), Path(args.plot), "shots", what, shots=True)
+        draw(against_shots(rows, args.measure), Path(args.plot), SHOTS, what, shots=True)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def write_tables() -> None:
     data.write(RESULTS / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))
     bars = "(bars: ± standard error over 5 seeds)"
-    table.draw({"": shots}, RESULTS / "shots.svg", "training images a class",
+    table.draw({"": shots}, RESULTS / "shots.svg", table.SHOTS,
                "H of base and new accuracy, %", bars, shots=True)  # fmt: skip
     table.draw({"": curves}, RESULTS / "curves.svg", "epoch",
                "accuracy on validation images of base classes, %", "")  # fmt: skip
