@@ -14,7 +14,6 @@ import table
 import common
 import data
 
-FIELDS = "protocol backbone method dataset classes test_on shots template accuracy source note"
 SHIFTED = {"imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
 # Settings that a column of papers.csv speaks of, or that change no figure.
 SAID = {"dataset", "shots", "classes", "test_on", "template", "model", "pretrained", "paper",
@@ -25,8 +24,13 @@ UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it
 
 
 def read_papers() -> list[dict]:
+    """The rows of papers.csv. What zero-shot CLIP is tested on stands as its dataset."""
     with open(Path(__file__).with_name("papers.csv"), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if row["method"] == "zero-shot" and row["test_on"]:
+            row |= {"dataset": row["test_on"], "test_on": ""}
+    return rows
 
 
 def method_of(row: table.Row, kind: str) -> str | None:
@@ -52,20 +56,13 @@ def place(row: table.Row, column: str, kind: str) -> tuple:
     classes = "H" if column == "H of means" else test["classes"]
     if row.parts:
         eleven = {part.dataset for part in row.parts} == set(table.ELEVEN)
-        return "mean of 11" if eleven else row.dataset, "", classes
+        own = column in ("all", "base", "new", "H of means")
+        return "mean of 11" if eleven else row.dataset, "" if own else column, classes
     if column.startswith("mean of "):
         return trained, column.removesuffix(" others"), classes
     if kind == "zero_shot":  # what it is tested on is all that counts
         return test["dataset"], "", classes
     return trained, "" if test["dataset"] == trained else test["dataset"], classes
-
-
-def stands_at(paper: dict, kind: str) -> tuple:
-    """The same of a row of papers.csv."""
-    dataset, test_on = paper["dataset"], paper["test_on"]
-    if kind == "zero_shot" and test_on:
-        dataset, test_on = test_on, ""
-    return dataset, test_on, paper["classes"]
 
 
 def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]:
@@ -116,10 +113,10 @@ def beside(rows: list[table.Row]) -> list[str]:
             continue
         shown |= {zero_shot} - {None}
         method = method_of(row, kind)
-        alike = [p for p in published if (p["method"], stands_at(p, kind)) == (method, where)]
-        told = sorted(
-            [(list(gaps(row, kind, column, p)), p) for p in alike], key=lambda x: len(x[0])
-        )
+        at = ("method", "dataset", "test_on", "classes")
+        alike = [paper for paper in published if [paper[k] for k in at] == [method, *where]]
+        told = [(list(gaps(row, kind, column, paper)), paper) for paper in alike]
+        told.sort(key=lambda pair: len(pair[0]))
         name = [row.label, f"{table.title_of(row, kind)}, {column}", f"{here:.2f}"]
         same = [paper for gap, paper in told if not gap]
         for paper in same:
@@ -128,19 +125,15 @@ def beside(rows: list[table.Row]) -> list[str]:
             lines.append([*name, f"{paper['accuracy']} [{mark}]", f"{off:+.2f}"])
         if told and not same:
             lines.append([*name, f"none: {'; '.join(told[0][0])}", ""])
-        far = same and min(abs(here - float(paper["accuracy"])) for paper in same) > 0.5
-        if kind == "zero_shot" and far:
-            warnings.append(f"warning: {name[0]}: zero-shot is {here:.2f}, published "
-                            f"{same[0]['accuracy']}: {what_it_is(row, column)}")  # fmt: skip
+        off = [abs(here - float(paper["accuracy"])) for paper in same]
+        if kind == "zero_shot" and off and min(off) > 0.5:
+            settings, test = row.example["settings"], tests_of(row, column)[0]
+            warnings.append(
+                f"warning: {row.label}: zero-shot is {here:.2f}, published {same[0]['accuracy']}: "
+                f"other weights, template or test images? Here: {settings['model']} "
+                f"{settings['pretrained']}, fingerprint {row.example['clip'][:8]}; "
+                f"{test['template']!r}; {test['n']} images of {test['dataset']}"
+            )
     marks = [f"[{i}] {source}{f' ({note})' * bool(note)}" for (source, note), i in sources.items()]
     none = "Of what is not listed, papers.csv has no figure."
     return [table.markdown(lines), none, "", *marks, *warnings]
-
-
-def what_it_is(row: table.Row, column: str) -> str:
-    settings, test = row.example["settings"], tests_of(row, column)[0]
-    return (
-        f"other weights, template or test images? Here: {settings['model']} "
-        f"{settings['pretrained']}, fingerprint {row.example['clip'][:8]}; {test['template']!r}; "
-        f"{test['n']} images of {test['dataset']}"
-    )
