@@ -6,20 +6,24 @@ S tokens that hold all class names, L samples.
 """
 
 import argparse
+import ast
 import contextlib
+import copy
 import dataclasses
-import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
 import logging
 import math
 import os
+import pickle
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +45,11 @@ VERSIONS = {
 }
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
 HELD = []  # the locked run folder, as a file that is open
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NOT_FAST = (
+    "this CLIP's text tower is not causal, or not read at a text's end: prompts are encoded whole, "
+    "some 10 to 30 times slower"
+)
 
 
 # 1. CLIP ------------------------------------------------------------------------------------------
@@ -58,24 +67,42 @@ class Clip:
     memory_gb: float = 4.0  # bound on what the text encoder keeps alive
     scale: float = 100.0  # s = exp(logit_scale)
     weights: str = ""  # hash of tensors and activation: which CLIP it is, wherever its file lies
+    start: torch.nn.Module | None = None  # fp32 image encoder, where model's is held in half
+    fast: bool = True  # section 2's fast encoder equals its text tower
+    notes: tuple[str, ...] = ()  # what a run with it should say
 
     @property
     def width(self) -> int:
         """W, of the text transformer."""
         return text_tower(self.model).token_embedding.weight.shape[1]
 
+    @property
+    def embed_dim(self) -> int:
+        """D, of the features of both towers."""
+        projection = text_tower(self.model).text_projection  # a matrix [W, D], or a layer (SigLIP)
+        return getattr(projection, "out_features", None) or projection.shape[1]
+
+
+def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False) -> Clip:
+    """The CLIP that a run's flags name; its notes become the task's."""
+    if args.model == "toyclip":
+        torch.set_num_threads(1)  # so small that a second thread costs time
+    clip = load_clip(**{key: vars(args)[key] for key in CLIP_FLAGS}, tuned=tuned)
+    task.notes += clip.notes
+    return clip
+
 
 def load_clip(
-    model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0
+    model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0, tuned=False
 ) -> Clip:
     """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
 
+    tuned: the image encoder is to be fine-tuned, so that its fp32 weights are kept as `start`.
     UserError for what is unknown, cannot be read, or has not CLIP's kind of text tower.
     """
     # Of hf-hub: and local-dir: open_clip takes configuration, weights and tokenizer together.
     name = model if ":" in model else model.replace("/", "-")
     if name == "toyclip":
-        torch.set_num_threads(1)  # so small that a second thread costs time
         open_clip.add_model_config(TOYCLIP / "toyclip.json")
         pretrained = pretrained or str(TOYCLIP / "weights.safetensors")
     try:
@@ -83,6 +110,10 @@ def load_clip(
         with warnings.catch_warnings(action="ignore"):
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
+    except pickle.UnpicklingError as error:  # torch's advice is to unpickle all the same
+        advice = "save the state_dict alone: torch.save(model.state_dict(), FILE)"
+        told = f"cannot load {model}: its weights file holds more than tensors, or is damaged"
+        raise UserError(f"{told}; {advice}") from error
     except Exception as error:  # open_clip, the hub and torch raise many kinds
         what = " ".join(filter(None, [model, pretrained]))
         raise UserError(f"cannot load {what}: {str(error)[:1000] or repr(error)}") from error
@@ -97,6 +128,9 @@ def load_clip(
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    twin = f"{name}-quickgelu"
+    local = Path(pretrained or "").is_file() and activation(net) == "GELU"
+    note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
     clip = Clip(
         net,
         open_clip.transform.image_transform_v2(cfg, is_train=False),
@@ -105,10 +139,33 @@ def load_clip(
         pretrained or "",
         scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
+        notes=(note,) if local and twin in open_clip.list_models() else (),
     )
-    check_text_tower(clip)
+    takes = hasattr(text_tower(net), "token_embedding")
+    require(takes, f"{name}: its text tower takes no token embeddings, so that nothing is tuned")
+    clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
-    return dataclasses.replace(clip, device=device, precision=precision, memory_gb=memory_gb)
+    return dataclasses.replace(clip, device=device, memory_gb=memory_gb)
+
+
+def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
+    """The CLIP with its frozen towers held in `precision`: what autocast would cast anew in every
+    pass (linear layers, convolutions, attention, projections) is cast once. Every number stays that
+    of autocast over fp32 weights, to the last bit.
+
+    A text tower stays fp32 in fp16, as passes with gradients need it (see autocast), and where
+    open_clip's own code runs it, which casts more.
+    """
+    if precision == "fp32":
+        return clip
+    start = copy.deepcopy(clip.model.visual) if tuned else None
+    tower = clip.model if precision == "bf16" and clip.fast else clip.model.visual
+    open_clip.model.convert_weights_to_lp(tower, HALF[precision])
+    for part in tower.modules():
+        # WHY: on a CPU nn.MultiheadAttention has a path for eval mode that rounds otherwise, which
+        # autocast over fp32 weights does not take. It drops nothing out in either mode.
+        part.training = isinstance(part, torch.nn.MultiheadAttention)
+    return dataclasses.replace(clip, precision=precision, start=start)
 
 
 def build_model(name: str, pretrained: str) -> torch.nn.Module:
@@ -171,15 +228,17 @@ def activation(net: torch.nn.Module) -> str:
 
 
 @torch.no_grad()
-def check_text_tower(clip: Clip) -> None:
-    """What section 2 encodes must equal open_clip's own. SigLIP's and CLIPA's towers fail here."""
+def check_text_tower(clip: Clip) -> Clip:
+    """The clip; where section 2's fast encoder does not equal open_clip's own tower, one that is
+    encoded by `plain`, and says so."""
+    theirs = plain(clip, start_of_text(clip), ["a photo"])[0]
     try:
         ours = prompt_features(clip, ["photo"], "a {}")
-        theirs = clip.model.encode_text(clip.tokenizer(["a photo"]))
-        equal = (ours - theirs).norm() < 1e-3 * theirs.norm()
-    except (AttributeError, TypeError, RuntimeError, ValueError, UserError):
-        equal = False
-    require(equal, f"{clip.name} has no text tower like CLIP's: causal, and read at the text's end")
+        if (ours - theirs).norm() < 1e-3 * theirs.norm():
+            return clip
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        pass
+    return dataclasses.replace(clip, fast=False, notes=(*clip.notes, NOT_FAST))
 
 
 def text_tower(model: torch.nn.Module) -> torch.nn.Module:
@@ -192,12 +251,14 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
 
     WHY not fp16 where a prompt needs gradients: they underflow. That pass then runs in fp32.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(clip.precision)
+    dtype = HALF.get(clip.precision)
     enabled = dtype == torch.bfloat16 or (dtype == torch.float16 and not gradients)
     return torch.autocast(torch.device(clip.device).type, dtype, enabled=enabled)
 
 
 # 2. TEXT: many names behind one prefix. The heart of the project's speed --------------------------
+# To paste it elsewhere take along: the imports; ROW_LENGTH, HALF; Clip, text_tower, autocast of
+# section 1; require, UserError of data.py. tests/test_text.py does so.
 @dataclasses.dataclass
 class Names:
     """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
@@ -208,14 +269,16 @@ class Names:
 
     rows: Tensor  # [R, S, W] token + position embeddings
     mask: Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
-    eot: Tensor  # [R, K] where in a row, prefix included, its k-th text ends
-    slot: Tensor  # [C] which of the R · K texts is class c's
-    free: Tensor  # [C · own] places of the R · S that are kept free for a class's own context
+    ends: Tensor  # [R, K] where in a row, prefix included, its k-th text ends
+    which: Tensor  # [C] which of the R · K ends is class c's
+    own: Tensor  # [C · own] which of the R · S places are for the classes' own contexts
 
 
 def token_ids(clip: Clip, text: str, room: int) -> list[int]:
     """BPE ids of `text` and EOT. UserError for more than `room`, or a word toyclip never saw."""
-    ids = [*clip.tokenizer.encode(text.replace("_", " ")), clip.tokenizer.eot_token_id]
+    bpe = clip.tokenizer
+    encode = getattr(bpe, "encode", None) or partial(bpe.tokenizer.encode, add_special_tokens=False)
+    ids = [*encode(text.replace("_", " ")), getattr(bpe, "eot_token_id", 0)]
     require(
         len(ids) <= room,
         f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or the context",
@@ -230,70 +293,83 @@ def token_ids(clip: Clip, text: str, room: int) -> list[int]:
 def pack(clip: Clip, texts: list[str], before: int = 1, own: int = 0) -> Names:
     """Tokenise texts that stand behind a prefix of `before` tokens (SOS, a context) and end in EOT.
 
-    `own`: so many free places begin each text. WHY rows of about 128 tokens: a text takes a handful
-    of tokens, not the context length. Rows of one length need one mask and no special kernel;
-    shorter rows repeat the prefix more often, longer ones compare more tokens that are masked.
+    `own`: each text begins with so many places for its class's own context. WHY rows of about 128
+    tokens: a text takes a handful of tokens, not the context length. Rows of one length need one
+    mask and no special kernel; shorter rows repeat the prefix more often, longer ones compare more
+    tokens that are masked.
     """
     tower = text_tower(clip.model)
-    table, position = tower.token_embedding.weight, tower.positional_embedding
-    # -1: a place that is kept free.
-    ids = [[-1] * own + token_ids(clip, text, len(position) - before - own) for text in texts]
-    size = torch.tensor([len(text) for text in ids])  # [C]
-    start = size.cumsum(0) - size
+    table, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
+    ids = [token_ids(clip, text, len(position) - before - own) for text in texts]
+    size = torch.tensor([own + len(text) for text in ids])  # [C]
+    last = size.cumsum(0) - 1  # [C] the last token of each text, of all tokens in order
     n_rows = math.ceil(int(size.sum()) / max(1, ROW_LENGTH - before))
-    row = start * n_rows // size.sum()  # [C] every row gets an equal share of all tokens
+    text_row = (last + 1 - size) * n_rows // size.sum()  # [C] rows get equal shares of all tokens
 
-    # Of every token: what it is, whose it is, and its place in the prompt.
-    token = torch.tensor(sum(ids, []))
-    whose = torch.arange(len(ids)).repeat_interleave(size)
-    place = before + torch.arange(len(token)) - start[whose]
-    x = table[token.clamp(min=0)] * (token >= 0)[:, None].to(table) + position[place]
-    rows = side_by_side(x.detach(), row[whose], 0)  # [R, S, W]
-    whose = side_by_side(whose, row[whose], -1)  # [R, S]
-    at = (whose >= 0).flatten().nonzero()[:, 0]  # of every token: which of the R · S it is now
-    end = at[start + size - 1] % whose.shape[1]  # [C] where in its row a text ends
-    eot = side_by_side(before + end, row, -1)  # [R, K], -1 where a row has fewer texts
+    # Of every token: its text, its place in the text, its row, its place in the row.
+    text = torch.arange(len(ids)).repeat_interleave(size)
+    place, row = number_within(text), text_row[text]
+    column = number_within(row)
+    x = position[before + place]
+    x[place >= own] += table[torch.tensor(sum(ids, []))]
+    rows = x.new_zeros(n_rows, int(column.max()) + 1, x.shape[1])
+    rows[row, column] = x
+    text_of = torch.full(rows.shape[:2], len(ids))  # [R, S]; where a row has no token: none's
+    text_of[row, column] = text
+    number = number_within(text_row)  # [C] of each text in its row
+    ends = torch.zeros(n_rows, int(number.max()) + 1, dtype=torch.long)
+    ends[text_row, number] = before + column[last]
     return Names(
         rows=rows,
-        mask=attention_mask(whose, before).to(table),
-        eot=eot.clamp(min=0).to(table.device),
-        slot=(eot >= 0).flatten().nonzero()[:, 0].to(table.device),
-        free=at[token < 0].to(table.device),
+        mask=attention_mask(text_of, before).to(table),
+        ends=ends.to(table.device),
+        which=(text_row * ends.shape[1] + number).to(table.device),
+        own=(row * rows.shape[1] + column)[place < own].to(table.device),
     )
 
 
-def side_by_side(values: Tensor, row: Tensor, padding: int) -> Tensor:
-    """Values in the order of their rows → [R, the longest row, ..]; shorter rows are padded."""
-    parts = values.split(row.bincount().tolist())
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
+def number_within(group: Tensor) -> Tensor:
+    """Of each element its number within its group; group [n] never falls.
+
+    >>> number_within(torch.tensor([0, 0, 0, 1, 1, 2]))
+    tensor([0, 1, 2, 0, 1, 0])
+    """
+    size = group.bincount()
+    return torch.arange(len(group)) - (size.cumsum(0) - size)[group]
 
 
-def attention_mask(whose: Tensor, before: int) -> Tensor:
-    """A token sees the prefix and its own text, up to itself. whose [R, S]: which text a token is
+def attention_mask(text_of: Tensor, before: int) -> Tensor:
+    """A token sees the prefix and its own text, up to itself. text_of [R, S]: which text a token is
     of → [R, 1, P + S, P + S], 0 or -inf."""
-    whose = F.pad(whose, (before, 0), value=-2)  # -2: the prefix
-    sees = (whose[:, :, None] == whose[:, None]) | (whose[:, None] == -2)
-    return torch.zeros(sees.shape).masked_fill(~sees.tril(), -math.inf)[:, None]
+    same = text_of[:, :, None] == text_of[:, None]
+    sees = F.pad(same, (before, 0, before, 0), value=True).tril()
+    return torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
 
 
-def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names:
+def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names | list[str]:
     """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
 
-    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept free.
+    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
+    it. Where the fast encoder cannot be used, these are the texts as they are.
     """
-    return pack(clip, [f"{name}." for name in classnames], 1 + n_ctx, own)
+    texts = [f"{name}." for name in classnames]
+    require(clip.fast or not own, f"{clip.name} is encoded whole (see its note): no --csc")
+    return pack(clip, texts, 1 + n_ctx, own) if clip.fast else texts
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
     """The embeddings of a text's tokens, [k, W], without SOS and EOT."""
-    ids = token_ids(clip, words, len(text_tower(clip.model).positional_embedding))[:-1]
-    return text_tower(clip.model).token_embedding.weight[ids].detach()
+    tower = text_tower(clip.model)
+    ids = token_ids(clip, words, len(tower.positional_embedding))[:-1]
+    return tower.token_embedding.weight[ids].detach()
 
 
 def start_of_text(clip: Clip) -> Tensor:
-    """The SOS embedding, [1, 1, W]."""
-    sos = clip.tokenizer.sot_token_id
-    return text_tower(clip.model).token_embedding.weight[None, sos : sos + 1].detach()
+    """The embedding of SOS, [1, 1, W]; of a tokenizer that has none (SigLIP's) [1, 0, W]."""
+    tokenizer = getattr(clip.tokenizer, "tokenizer", None)  # Hugging Face's, in open_clip's
+    sos = tokenizer.cls_token_id if tokenizer else clip.tokenizer.sot_token_id
+    table = text_tower(clip.model).token_embedding.weight.detach()
+    return table[None, :0] if sos is None else table[None, sos : sos + 1]
 
 
 @torch.no_grad()
@@ -301,7 +377,8 @@ def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
     """Text features [C, D] of a hand-written prompt, unnormalised."""
     texts = [template.replace("{}", name) for name in classnames]
     with autocast(clip):
-        return encode_prompts(clip, start_of_text(clip), pack(clip, texts))[0]
+        names = pack(clip, texts) if clip.fast else texts
+        return encode_prompts(clip, start_of_text(clip), names)[0]
 
 
 def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
@@ -310,48 +387,56 @@ def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]
     return F.normalize(torch.stack(rows).mean(dim=0), dim=-1)
 
 
-def encode_prompts(clip: Clip, prefix: Tensor, names: Names) -> Tensor:
+def encode_prompts(clip: Clip, prefix: Tensor, names: Names | list[str]) -> Tensor:
     """Text features of every class under every prefix: prefix [G, P, W] → [G, C, D], unnormalised.
 
-    Equals sending each whole prompt [prefix, name, padding] through the tower, for CLIP's text
-    attention is causal: (1) what stands after a class's EOT cannot influence it, so it is left out;
-    (2) the prefix never sees the names, so that many names can stand behind one copy of it.
-    Work: R · (P + S) tokens a prefix, not C · context length. Differentiable in prefix and names.
-    The names must have been packed for a prefix of P tokens.
+    Equals `plain`, for CLIP's text attention is causal: (1) what stands after a class's EOT cannot
+    influence it, so it is left out; (2) the prefix never sees the names, so that many names can
+    stand behind one copy of it. Work: R · (P + S) tokens a prefix, not C · context length.
+    Differentiable in prefix and names. UserError for names that were packed for another P.
     """
+    if not isinstance(names, Names):
+        return plain(clip, prefix, names)
     tower = text_tower(clip.model)
-    G, P, W = prefix.shape
-    R, S, _ = names.rows.shape
-    # Pieces of rows and prefixes bound what is alive; for gradients they are computed again in the
-    # backward pass. A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
-    gradients = torch.is_grad_enabled() and (prefix.requires_grad or names.rows.requires_grad)
-    floats = 35 * len(tower.transformer.resblocks) if gradients else 40
-    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))  # rows that fit
-    twice = functools.partial(
-        checkpoint, encode_rows, use_reentrant=False, preserve_rng_state=False
-    )
-    encode = twice if gradients and G * R > alive else encode_rows
-    pieces = list(zip(names.rows.split(alive), names.mask.split(alive), names.eot.split(alive)))
+    P, packed = prefix.shape[1], names.mask.shape[-1] - names.rows.shape[1]
+    require(P == packed, f"a prefix of {P} tokens: these names were packed for one of {packed}")
+    encode, alive = bounded(clip, encode_rows, prefix, names.rows)
+    pieces = list(zip(names.rows.split(alive), names.mask.split(alive), names.ends.split(alive)))
     parts = []  # [g, R, K, W] each
-    for some in prefix.split(max(1, alive // R)):
+    for some in prefix.split(max(1, alive // len(names.rows))):
         parts.append(torch.cat([encode(tower, some, *piece) for piece in pieces], dim=1))
-    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.slot)  # [G, C, W]
+    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.which)  # [G, C, W]
     return (ends @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
 
 
-def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
+def bounded(clip: Clip, encode: Callable, prefix: Tensor, rows: Tensor) -> tuple[Callable, int]:
+    """How many rows, each behind a prefix, may be alive at a time (clip.memory_gb), and `encode`;
+    where that is not all, and gradients are needed, it computes again in the backward pass."""
+    G, P, W = prefix.shape
+    R, S, _ = rows.shape
+    # A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
+    gradients = torch.is_grad_enabled() and (prefix.requires_grad or rows.requires_grad)
+    floats = 35 * len(text_tower(clip.model).transformer.resblocks) if gradients else 40
+    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))
+    twice = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+    return twice if gradients and G * R > alive else encode, alive
+
+
+def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
     """Each of r rows behind each of g prefixes through the transformer → what stands where the
-    texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], eot [r, K]."""
+    texts end, [g, r, K, W]. prefix [g, P, W], rows [r, S, W], mask [r, 1, P+S, P+S], ends [r, K].
+    """
     g, P, W = prefix.shape
     start = (prefix + tower.positional_embedding[:P])[:, None].expand(-1, len(rows), -1, -1)
     x = torch.cat([start, rows.expand(g, -1, -1, -1)], dim=2).flatten(0, 1)  # [g·r, P + S, W]
     mask = mask.expand(g, *mask.shape).flatten(0, 1)
-    ends = eot.expand(g, *eot.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
+    ends = ends.expand(g, *ends.shape).flatten(0, 1)[:, :, None].expand(-1, -1, W)
     for block in tower.transformer.resblocks:
         attend = block.attn
         qkv = F.linear(block.ln_1(x), attend.in_proj_weight, attend.in_proj_bias)
         # q, k, v: [g·r, heads, P + S, W / heads] each
         q, k, v = qkv.unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = mask.to(q.dtype)  # autocast would cast it in every layer
         mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if block is tower.transformer.resblocks[-1]:  # of the last layer only the ends are read
             x, mixed = x.gather(1, ends), mixed.gather(1, ends)
@@ -359,6 +444,26 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, eot) -> Tensor:
         x = x + block.ls_1(attend.out_proj(mixed))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return tower.ln_final(x).unflatten(0, (g, -1))
+
+
+def plain(clip: Clip, prefix: Tensor, texts: list[str]) -> Tensor:
+    """What encode_prompts equals: every whole prompt [prefix, text, padding] through open_clip's
+    own tower, its token embeddings exchanged. prefix [G, P, W] → [G, C, D], unnormalised. It serves
+    towers that are not causal, too."""
+    P = prefix.shape[1]
+    filler = "X " * (P - start_of_text(clip).shape[1])  # tokens that the context takes the place of
+    ids = clip.tokenizer([filler + text.replace("_", " ") for text in texts]).to(prefix.device)
+
+    def encode(one: Tensor, ids: Tensor) -> Tensor:
+        put = lambda module, given, x: torch.cat([one.expand(len(x), -1, -1), x[:, P:]], 1)  # noqa: E731
+        hook = text_tower(clip.model).token_embedding.register_forward_hook(put)
+        features = clip.model.encode_text(ids, normalize=False)
+        hook.remove()
+        return features
+
+    encode, alive = bounded(clip, encode, prefix, ids[..., None])
+    parts = [encode(one, some) for one in prefix for some in ids.split(alive)]
+    return torch.cat(parts).unflatten(0, (len(prefix), -1)).to(prefix.dtype)
 
 
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
@@ -369,10 +474,11 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     """
     labels = torch.tensor([label for _, label in items], device=clip.device)
     cache = cache and args.cache_dir != "none"
-    if cache:
-        path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
+    path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
     if cache and path.exists():
-        return safetensors.torch.load_file(path, device=clip.device)["features"], labels
+        with contextlib.suppress(Exception):  # after a full disk or a kill
+            return safetensors.torch.load_file(path, device=clip.device)["features"], labels
+        print(f"note: {path} is damaged: its images are encoded again")
     images = data.ImageSet(items, transform, args.seed)
     each = torch.arange(len(items)) + view * len(items)
     lists = [batch.tolist() for batch in each.split(256)]
@@ -382,21 +488,31 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
             for batch, _, _ in data.load_images(images, lists, args, "encode images")
         ]
     features = torch.cat(rows)
-    if cache:
-        write(path, safetensors.torch.save({"features": features.cpu()}))
+    try:
+        if cache:
+            write(path, safetensors.torch.save({"features": features.cpu()}))
+    except OSError as error:
+        advice = "name another --cache-dir, or none"
+        raise OSError(error.errno, f"{error.strerror}: {advice}", str(path)) from error
     return features, labels
 
 
 def feature_key(clip: Clip, items: list, transform: Callable, seed: int, view: int) -> str:
     """A file name: hash of all that decides features (model, weights, precision, device, versions,
-    transform, draw, and of each file what an exchanged one cannot keep: inode, time of change)."""
+    code, transform, draw, and of each file what an exchanged one cannot keep: inode, time of
+    change)."""
     draw = [seed, view] if transform is not clip.preprocess else []  # the test transform draws none
-    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (data, data.world)]
+    code = [ast.unparse(ast.parse(inspect.getsource(part))) for part in FEATURE_CODE]  # no comments
     files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are no files
     states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
-    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, draw,
-             repr(transform), code, [path for path, _ in items], states]  # fmt: skip
+    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, version("timm"),
+             draw, repr(transform), code, [path for path, _ in items], states]  # fmt: skip
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
+
+
+# What makes a feature of an image's address.
+FEATURE_CODE = (encode_images, autocast, in_precision, data.world, data.read_image, data.ImageSet,
+                data.train_transform, data.draw_seed)  # fmt: skip
 
 
 def training_views(args: argparse.Namespace, clip: Clip, items: list[data.Item]) -> Callable:
@@ -405,7 +521,7 @@ def training_views(args: argparse.Namespace, clip: Clip, items: list[data.Item])
     transform = data.train_transform(clip.preprocess, args.augment)
     views = 1 if args.augment == "none" else args.views
 
-    @functools.lru_cache(maxsize=views)
+    @lru_cache(maxsize=views)
     def encode(view: int):
         x, labels = encode_images(clip, items, transform, args, view, cache=views > 0)
         return F.normalize(x, dim=-1), labels

@@ -149,7 +149,7 @@ class PromptLearner(torch.nn.Module):
 def with_contexts(context: Tensor, names: Names) -> Names:
     """--csc: the context [C, M, W] differs by class, so it fills the places kept free before the
     class's own name."""
-    rows = names.rows.flatten(0, 1).index_add(0, names.free, context.flatten(0, 1))
+    rows = names.rows.flatten(0, 1).index_add(0, names.own, context.flatten(0, 1))
     return dataclasses.replace(names, rows=rows.view_as(names.rows))
 
 
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> dict:
         require(same, f"{args.eval} has contexts for its own classes (--csc), not for these")
     task.notes += common.warmup_notes(args)
     compare = args.compare and args.lam != 0 and not args.eval
-    clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
+    clip = common.load_run_clip(args, task)
     against = "CoOp and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)

@@ -193,7 +193,8 @@ class PromptedClassifier(nn.Module):
     ):
         super().__init__()
         # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
-        visual = copy.deepcopy(clip.model.visual).to(memory_format=torch.contiguous_format)
+        visual = copy.deepcopy(clip.start or clip.model.visual)
+        visual = visual.to(clip.device, memory_format=torch.contiguous_format)
         self.visual = visual.requires_grad_(True)
         self.classnames = classnames  # of the classifier's rows
         self.template = template
@@ -569,7 +570,7 @@ def main(argv: list[str] | None = None) -> dict:
     compare = args.compare and args.loss != "ce" and not args.eval
     task = data.load_task(args)
     check_task(args, task)
-    clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
+    clip = common.load_run_clip(args, task, tuned=True)
     out = Path(args.resume or os.devnull)  # the other processes read a checkpoint, and write none
     encoded = []
     if processes()[0] == 0:

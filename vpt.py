@@ -200,7 +200,7 @@ class PromptDistribution(torch.nn.Module):
         self.kind = kind
         self.scale = scale
         self.context = torch.nn.Parameter(context.clone())
-        D, W = clip.model.visual.output_dim, clip.width
+        D, W = clip.embed_dim, clip.width
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
             torch.manual_seed(data.draw_seed(seed, "posterior"))
             if kind == "global":
@@ -401,7 +401,7 @@ def predict(
     # An image's logits and six copies of them; of the image posterior its own text features, too.
     floats = n_residuals * len(classnames) * 6
     if learner.kind == "image":
-        floats += n_residuals * len(classnames) * 3 * clip.model.visual.output_dim
+        floats += n_residuals * len(classnames) * 3 * clip.embed_dim
     chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (4 * floats)))  # a quarter: the encoder needs it
     shared = text_features(x[:1]) if learner.kind == "global" else None
     rows = []
@@ -460,7 +460,7 @@ def main(argv: list[str] | None = None) -> dict:
     compare = args.compare and args.samples and not args.eval
     task = data.load_task(args)
     task.notes += common.warmup_notes(args)
-    clip = common.load_clip(**{key: vars(args)[key] for key in common.CLIP_FLAGS})
+    clip = common.load_run_clip(args, task)
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)

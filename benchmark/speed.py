@@ -57,8 +57,9 @@ def make_clip(args: argparse.Namespace) -> common.Clip:
         open_clip.add_model_config(common.TOYCLIP / "toyclip.json")
     name = "toyclip" if args.quick else "ViT-B-16"
     model = open_clip.create_model(name).eval().requires_grad_(False).to(args.device)
-    how = args.device, args.precision, args.memory_gb
-    return common.Clip(model, None, open_clip.get_tokenizer(name), "random", "", *how)
+    how = args.device, "fp32", args.memory_gb
+    clip = common.Clip(model, None, open_clip.get_tokenizer(name), "random", "", *how)
+    return common.in_precision(clip, args.precision, tuned=True)
 
 
 class PlainPrompts(torch.nn.Module):

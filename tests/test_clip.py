@@ -1,5 +1,7 @@
 """Loading CLIPs: every kind of weights file, the activation, and what is refused."""
 
+import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -13,7 +15,11 @@ import torch
 from conftest import CONFIG, TEXT, VISION, tiny_model
 
 import common
+import prograd
+import proreg
 from data import UserError
+
+RESNET = VISION | {"layers": [1] * 4, "width": 8, "patch_size": None, "head_width": 32}
 
 
 def has_quick_gelu(net) -> bool:
@@ -180,9 +186,7 @@ def test_towers_that_are_not_clips(tmp_path):
 
 
 def test_resnets_are_channels_last_and_toyclip_is_not(tmp_path, toyclip):
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
-    vision["head_width"] = 32
-    model = tiny_model("tinyresnet", config=CONFIG | {"vision_cfg": vision})
+    model = tiny_model("tinyresnet", config=CONFIG | {"vision_cfg": RESNET})
     torch.save(model.state_dict(), tmp_path / "x.pt")
     clip = common.load_clip("tinyresnet", str(tmp_path / "x.pt"))
     weight = clip.model.visual.layer1[0].conv2.weight
@@ -195,3 +199,54 @@ def test_toyclip_is_plain_open_clip(toyclip):
     net = open_clip.create_model("toyclip", pretrained=str(common.TOYCLIP / "weights.safetensors"))
     assert torch.equal(net.token_embedding.weight, toyclip.model.token_embedding.weight)
     assert has_quick_gelu(toyclip.model) and abs(toyclip.scale - 20.8) < 0.05
+
+
+@pytest.fixture(scope="module", params=["ViT", "ResNet", "toyclip"])
+def any_clip(request, toyclip):
+    if request.param == "toyclip":
+        return toyclip
+    vision = RESNET if request.param == "ResNet" else VISION
+    name = f"tinyhalf{request.param}"
+    model = tiny_model(name, config=CONFIG | {"vision_cfg": vision}).requires_grad_(False)
+    return common.Clip(model, None, open_clip.get_tokenizer(name), name)
+
+
+def half_numbers(clip) -> list[torch.Tensor]:
+    """Image and text features, and a prompt's features and gradient."""
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, *[common.data.world.SIZE if clip.name == "toyclip" else 32] * 2)
+    with torch.no_grad(), common.autocast(clip):
+        x = clip.model.encode_image(images).float()
+    learner = prograd.PromptLearner(clip, 0.02 * torch.randn(4, clip.width))
+    text = learner(learner.names(["red square", "circle", "star"]))
+    text.square().sum().backward()
+    template = common.prompt_features(clip, ["square", "circle"], "a photo of a {}.")
+    return [x, template, text.detach(), learner.context.grad]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_frozen_weights_in_half_precision(any_clip, precision):
+    """Held in half precision they give what autocast over fp32 weights gives, to the last bit."""
+    held = dataclasses.replace(any_clip, model=copy.deepcopy(any_clip.model))
+    held = common.in_precision(held, precision, tuned=True)
+    theirs = half_numbers(dataclasses.replace(any_clip, precision=precision))
+    for ours, wanted in zip(half_numbers(held), theirs, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, wanted)
+
+    def size(module):
+        return sum(value.numel() * value.element_size() for value in module.parameters())
+
+    assert size(held.model.visual) < 0.6 * size(any_clip.model.visual)
+    table = common.text_tower(held.model).token_embedding.weight
+    assert table.dtype == held.model.logit_scale.dtype == torch.float32
+    if precision == "bf16":  # in fp16 a prompt's gradient runs in fp32
+        block = common.text_tower(held.model).transformer.resblocks[0]
+        assert block.attn.in_proj_weight.dtype == block.mlp.c_fc.weight.dtype == torch.bfloat16
+    learner = proreg.PromptedClassifier(held, ["square", "circle"], "a {}.")
+    for key, value in any_clip.model.visual.state_dict().items():
+        assert torch.equal(learner.visual.state_dict()[key], value)
+
+
+def test_precision_leaves_the_fingerprint(toyclip):
+    held = common.load_clip(precision="bf16")
+    assert held.weights == toyclip.weights and held.scale == toyclip.scale and not held.start
