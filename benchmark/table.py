@@ -183,7 +183,7 @@ def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
             lacks += ["of the papers' eleven " + ", ".join(n for n in ELEVEN if n not in names)]
         notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
         if not seeds or len(names) < len(group):
-            notes.append(f"{mean.label}: none, of no common seed, or with a dataset twice")
+            notes.append(f"no {mean.label}: all lack a common seed, or a dataset is there twice")
             continue
         mean.results = {seed: mean.results[seed] for seed in seeds}
         columns = set.intersection(*(set(row.figures) for row in group))
