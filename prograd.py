@@ -197,6 +197,8 @@ def defaults(run: dict) -> dict:
         return TOY | {"epochs": epochs, "classes": "all" if run.get("csc") else "base"}
     shots = run.get("shots", 16)
     settings = PAPER | {"epochs": {1: 50, 2: 100, 4: 100}.get(shots, 200)}
+    if ":" in run["dataset"]:  # your own images: fresh views of each epoch take hours on a CPU
+        settings["views"] = 10
     if run.get("paper") and run["dataset"] == "imagenet":
         settings["epochs"] = 50
     if run.get("paper") and run["dataset"] in ("oxford_flowers", "dtd", "eurosat"):
@@ -281,7 +283,8 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
         note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+        last = epoch + 1 == args.epochs
+        common.end_epoch(out, epoch, learner, optimizer, line, last=last, **note)
     return learner
 
 

@@ -300,21 +300,33 @@ def build_parser() -> data.Parser:
     return common.new_parser(__doc__, "ProReg", FLAGS, defaults)
 
 
+PATIENCE = datetime.timedelta(minutes=5)  # until all processes have met
+
+
 # 4. TRAIN: K processes learn what one alone would learn -------------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not common.several_processes() or dist.is_initialized():
         return
     require(not args.download, "let one process download first: python data.py --download ..")
     if args.device != "cpu":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    if not dist.is_initialized():
-        # The others wait while the first evaluates, which may take long.
-        dist.init_process_group(
-            "nccl" if args.device != "cpu" else "gloo", timeout=datetime.timedelta(days=1)
-        )
-    if dist.get_rank() > 0:
+    world = os.environ["WORLD_SIZE"]
+    print(f"waiting for {world} processes, {PATIENCE} at most", file=sys.stderr)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    except (ValueError, RuntimeError) as error:
+        told = f"{world} processes did not meet: start them by torchrun --nproc-per-node {world}"
+        raise common.UserError(f"{told} ({error})") from error
+    dist.init_process_group(
+        "nccl" if args.device != "cpu" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(days=1),  # the others wait while the first evaluates
+    )
+    if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -461,7 +473,8 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
         earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
         if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
             common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
-    common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+    last = epoch + 1 == args.epochs
+    common.end_epoch(out, epoch, learner, optimizer, line, last=last, **note)
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------

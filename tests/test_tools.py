@@ -1,17 +1,20 @@
 """tools/use.py on runs of all three scripts."""
 
 import contextlib
+import csv
 import io
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
-import safetensors
+import safetensors.torch
 import torch
-import torch.nn.functional as F
+from conftest import CONFIG, tiny_model
 
 import common
 import data
@@ -50,7 +53,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ["prograd", "vpt", "image", "proreg"])
 def test_predict(name, runs, capsys):
-    use.main(["predict", str(runs / name), str(runs / "photos"), "--top", "2"])
+    use.main(["predict", str(runs / name), "--top", "2", str(runs / "photos")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[0].endswith("photos/0.png")
     assert lines[1].startswith("  zero-shot") and lines[2].startswith("  tuned")
@@ -65,34 +68,100 @@ def test_predict_among_other_classes(runs, capsys):
     assert abs(sum(shares) - 100) < 0.2
 
 
-def test_exported_classifier_with_plain_open_clip(runs, tmp_path, capsys):
-    """The lines of the docstring give the predictions of the run."""
-    folder = runs / "prograd"
-    use.main(["export", str(folder), "classifier.safetensors"])
-    assert "classifier [12, 64]" in capsys.readouterr().out
-    with safetensors.safe_open("classifier.safetensors", "pt") as file:
-        note, W = file.metadata(), file.get_tensor("classifier")
-    quick = note["activation"] == "QuickGELU"  # open_clip takes GELU for "ViT-B-16", "openai"
-    net = open_clip.create_model(note["model"], note["pretrained"], force_quick_gelu=quick).eval()
-    result = json.loads((folder / "result.json").read_text())
-    items = data.load_task(argparse_of(result)).tests[0].items[:20]
-    clip = common.load_clip()
-    images = torch.stack([clip.preprocess(data.read_image(address)) for address, _ in items])
-    with torch.no_grad():
-        x = F.normalize(net.encode_image(images), dim=-1)
-    p = (float(note["scale"]) * x @ W.T).softmax(dim=-1)
-    kept = np.load(folder / "predictions.npz")["0/tuned"][:20]
-    assert np.abs(p.numpy() - kept.astype(np.float32)).max() < 2e-3
-    assert (
-        json.loads(note["classnames"])
-        == json.loads((folder / "config.json").read_text())["classnames"]
-    )
+@pytest.fixture(scope="module")
+def odd_photos(runs) -> Path:
+    """Images that a reader can get wrong: turned by EXIF data, a palette with and without
+    transparency, grey, in no class's folder; and what is no image."""
+    root = runs / "odd"
+    picture = data.read_image("toy:toy_fillshapes_sketch/test/40").resize((60, 40))
+    for folder in ("hollow_circle", "striped circle", "other", "odd.jpg"):
+        (root / folder).mkdir(parents=True)
+    turned = picture.getexif()
+    turned[0x0112] = 6
+    picture.save(root / "hollow_circle" / "turned.jpg", exif=turned)
+    picture.quantize(8).save(root / "hollow_circle" / "palette.png")
+    picture.quantize(8).save(root / "striped circle" / "clear.png", transparency=3)
+    picture.convert("L").save(root / "odd.jpg" / "grey.png")
+    picture.convert("LA").save(root / "other" / "grey.png")
+    (root / "._a.jpg").write_text("no image")
+    return root
 
 
-def argparse_of(result: dict):
-    import argparse
+def predictions(run: Path, photos: Path, *flags) -> list[list[str]]:
+    """The rows that --csv writes."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        use.main(["predict", str(run), str(photos), "--csv", "out.csv", *flags])
+    return list(csv.reader(Path("out.csv").open(encoding="utf-8")))[1:]
 
-    return argparse.Namespace(**result["settings"])
+
+def classify(file: Path, photos: list[str], weights: Path, config: Path):
+    """classify.py, in its own folder, and nothing of this repository on the way."""
+    flags = ["--pretrained", str(weights), "--config", str(config)]
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-I", "classify.py", file.name, *photos, *flags],
+        cwd=file.parent, env=clean, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["prograd", "vpt", "proreg", "gelu"])
+def test_an_exported_classifier_runs_elsewhere(name, runs, odd_photos, tmp_path):
+    """It predicts what the run predicts, of every kind of image."""
+    weights, config = common.TOYCLIP / "weights.safetensors", common.TOYCLIP / "toyclip.json"
+    if name == "gelu":  # a transformer with another activation, from a weights file
+        weights, config = tmp_path / "gelu.safetensors", tmp_path / "geluclip.json"
+        config.write_text(json.dumps(CONFIG))
+        safetensors.torch.save_file(tiny_model("geluclip").state_dict(), weights)
+        flags = ["--model", "geluclip", "--pretrained", str(weights), "--cache-dir", "none"]
+        prograd.main([*FLAGS, *flags, "--n-ctx", "4", "--out-dir", str(runs / name)])
+    rows = predictions(runs / name, odd_photos)
+    assert len(rows) == 5
+    there = tmp_path / "elsewhere"
+    use.main(["export", str(runs / name), str(there / "c.safetensors")])
+    done = classify(there / "c.safetensors", [row[0] for row in rows], weights, config)
+    assert done.returncode == 0, done.stderr
+    for row, line in zip(rows, done.stdout.splitlines(), strict=True):
+        path, first, *_ = line.split("\t")
+        assert path == row[0] and first.rpartition(" ")[0] == row[3]
+        assert abs(float(first.split()[-1]) - float(row[4])) < 1e-5
+    if name == "gelu":  # other weights than the run's are refused, in a line
+        torch.manual_seed(1)
+        safetensors.torch.save_file(tiny_model("geluclip", seed=1).state_dict(), weights)
+        done = classify(there / "c.safetensors", [rows[0][0]], weights, config)
+        assert done.returncode == 1 and done.stderr.startswith("error: name the weights")
+
+
+def test_classify_py_of_others_stays(runs, tmp_path):
+    (tmp_path / "classify.py").write_text("mine")
+    for file in ("c.safetensors", "classify.py"):
+        with pytest.raises(UserError, match="classify.py is another file"):
+            use.main(["export", str(runs / "prograd"), file])
+    assert [path.name for path in tmp_path.iterdir()] == ["classify.py"]
+
+
+def test_folders_called_as_classes(runs, odd_photos, capsys, monkeypatch):
+    """The scores are those of the written rows, whatever the blocks are."""
+    rows = predictions(runs / "prograd", odd_photos)
+    names = [Path(path).parent.name.replace("_", " ") for path, *_ in rows]
+    monkeypatch.setattr(use, "BLOCK", 2)
+    use.main(["predict", str(runs / "prograd"), str(odd_photos), "--top", "1"])
+    out = capsys.readouterr().out
+    assert "in folders of 2 classes: 3 of 5 images" in out and "note:" in out
+    assert "hidden files" in out and out.count("turned.jpg") == 1
+    known = [(name, row[3]) for name, row in zip(names, rows) if name.endswith("circle")]
+    right = {name: [n == p for n, p in known if n == name] for name, _ in known}
+    mean = np.mean([np.mean(of) for of in right.values()])
+    share = np.mean([n == p for n, p in known])
+    assert f"tuned      accuracy {100 * share:.1f} %, class mean {100 * mean:.1f} %" in out
+    wrong = [pair for pair in known if pair[0] != pair[1]]
+    assert all(f"{name} as {guess} {wrong.count((name, guess))}" in out for name, guess in wrong)
+
+
+def test_a_class_by_its_training_folder():
+    """As of ImageNet's WordNet ids; what two classes are called is nobody's."""
+    lines = ["train/n01/a.jpg\t0", "train/n02/b.jpg\t1", "train/n03/deep/c.jpg\t2"]
+    found = use.folder_labels(["missile", "cup_of coffee", "missile"], lines)
+    assert found == {"cup of coffee": 1, "n01": 0, "n02": 1, "n03": 2, "deep": 2}
 
 
 def test_other_exports(runs, capsys):
@@ -123,12 +192,8 @@ def test_features(name, runs):
 def test_words(runs, capsys):
     use.main(["words", str(runs / "prograd")])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 16 and [line.split()[4] for line in lines[-4:]] == [
-        "a",
-        "photo",
-        "of",
-        "a",
-    ]
+    nearest = [line.split()[4] for line in lines]
+    assert nearest == ["zero"] * 12 + ["a", "photo", "of", "a"]
     use.main(["words", str(runs / "prograd"), "--top", "1000000"])  # more than there are
     with pytest.raises(UserError, match="has no context"):
         use.main(["words", str(runs / "proreg")])
@@ -141,9 +206,61 @@ def test_mistakes(runs, capsys):
         (["predict", str(runs / "prograd")], "predict needs images"),
         (["export", str(runs / "prograd")], "export needs a file"),
         (["export", str(runs / "mean"), "x"], "nothing to export"),  # μ(x) is each image's own
+        (["export", str(runs / "prograd"), "x", "--features", "y"], "export needs a file"),
+        (["predict", str(runs / "prograd"), "x.png", "--classes", "a"], "two names or more"),
+        (["predict", str(runs / "vpt"), "x.png", "--classes", "a_b", "A b"], "each of them once"),
         (["predict", str(runs / "csc"), "x.png", "--classes", "red circle"], "their own classes"),
         (["words", str(runs / "prograd"), "--device", "gpu"], "--device gpu: here it can be cpu"),
     ):
         with pytest.raises(SystemExit) as stopped:
             data.run(lambda flags=flags: use.main(flags))
         assert stopped.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_one_line_for_runs_that_cannot_be_used(runs, tmp_path, capsys):
+    """Unfinished, of another program, of a script that is elsewhere or incomplete."""
+    shutil.copytree(runs / "prograd", "half")
+    Path("half/result.json").unlink()
+    photo = str(runs / "photos/0.png")
+    use.main(["predict", "half", "--top", "1", photo])
+    assert "note: half has not finished training" in capsys.readouterr().out
+    Path("half/checkpoint.safetensors").unlink()
+    config = json.loads(Path("half/config.json").read_text())
+    configs = {
+        "half": config,
+        "foreign": {"model_type": "clip"},
+        "empty": {"settings": {}},
+        "own": config | {"method": "mymethod"},
+        "evil": config | {"method": "../../evil"},
+    }
+    for name, content in configs.items():
+        Path(name).mkdir(exist_ok=True)
+        Path(name, "config.json").write_text(json.dumps(content))
+    for name in ("own", "evil"):
+        Path(name, "result.json").write_text("{}")
+    Path("bare.py").write_text("")
+    Path("evil.py").write_text("raise SystemExit(99)")
+    for flags, text in (
+        (["half"], "half has not finished training, and has no checkpoint yet"),
+        (["foreign"], "config.json"),
+        (["empty"], "config.json"),
+        (["own"], "name the script of the run, "),
+        (["evil"], "name the script of the run, "),
+        (["own", "--script", "bare.py"], "bare.py must define read_learner(folder, args, clip)"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            data.run(lambda flags=flags: use.main(["predict", *flags, photo]))
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and text in err and err.count("\n") == 1, err
+
+
+def test_a_script_of_your_own(runs, capsys):
+    """A learner with an encode_image has its own encoder, whatever its script is called."""
+    shutil.copytree(runs / "proreg", "mine")
+    path = Path("mine/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "mymethod"}))
+    Path("mymethod.py").write_text("from proreg import *  # noqa: F403")
+    flags = ["--script", "mymethod.py"]
+    rows = predictions(Path("mine"), runs / "photos", *flags)
+    assert rows == predictions(runs / "proreg", runs / "photos")
+    assert any(row[2] != row[4] for row in rows)
