@@ -105,11 +105,13 @@ def test_name(test: dict, own: str) -> str:
 
 def differing(what: dict, others: list[dict]) -> list[str]:
     """ "key value" of what is not equal in all; that others lack a test set goes without saying."""
-    keys = []
+    found = []
     for key, value in what.items():
         others_have = [o.get(key) for o in others if key in o or not key.startswith("images")]
-        keys += [key] if any(other != value for other in others_have) else []
-    return [f"{key} {str(what[key])[: 40 if ' ' in str(what[key]) else 12]}" for key in keys]
+        if any(other != value for other in others_have):
+            text = " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+            found.append(f"{key} {text[:12] if len(text) == 40 else text}")  # 40: a fingerprint
+    return found
 
 
 def columns_of(result: dict) -> dict[str, list[dict]]:
