@@ -241,8 +241,9 @@ FLAGS = {
 
 
 def build_parser() -> data.Parser:
-    title = "ProGrad (Eq. 1 to 6: see the head of prograd.py)"
-    return common.new_parser(__doc__, title, FLAGS, defaults)
+    return common.new_parser(
+        __doc__, "ProGrad (Eq. 1 to 6: see the head of prograd.py)", FLAGS, defaults
+    )
 
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
