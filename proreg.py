@@ -72,8 +72,6 @@ import argparse
 import copy
 import dataclasses
 import datetime
-import itertools
-import math
 import os
 import sys
 import time
@@ -214,8 +212,8 @@ class PromptedClassifier(torch.nn.Module):
         return self.visual(images)
 
     def forward(self, features: Tensor, text: Tensor | None = None) -> Tensor:
-        """Image features [B, D] → logits [B, C] by the learned classifier, or by other text features
-        `text` [C, D]. Call it outside autocast."""
+        """Image features [B, D] → logits [B, C] by the learned classifier, or by `text`, the
+        features [C, D] of other prompts. Call it outside autocast."""
         if self.cls_head is not None:
             return self.cls_head(features.to(self.cls_head[0].weight))  # unnormalised, as released
         text = self.text_features if text is None else text
@@ -300,7 +298,7 @@ FLAGS = {
     "--betas": {"type": float, "nargs": 2, "metavar": "X", "help": "of AdamW"},
     "--weight-decay": {"type": float, "metavar": "X", "help": "of AdamW, but on biases"},
     "--warmup": {"type": float, "metavar": "X", "help": "share of steps with a rising rate"},
-    "--accumulate": {"type": int, "metavar": "K", "help": "parts of a batch, to save memory"},
+    "--accumulate": {"type": int, "metavar": "X", "help": "parts of a batch, to save memory"},
     "--select": {"choices": ["last", "val"], "help": "val: the epoch best on validation images"},
     "--ensemble": {"type": float, "nargs": "+", "metavar": "A", "help": "Eq. 8 at these A"},
     "--wise-ft": {"type": float, "nargs": "+", "metavar": "A", "help": "Eq. 9 at these A"},
@@ -314,10 +312,9 @@ def build_parser() -> data.Parser:
 
 
 PATIENCE = datetime.timedelta(minutes=5)  # until all processes have met
-NOWHERE = Path(os.devnull)  # a folder in which nothing can be
 
 
-# 4. TRAIN: K processes learn what one alone would learn -------------------------------------------
+# 4. TRAIN: several processes learn what one alone would learn -------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
     if not common.several_processes() or dist.is_initialized():
@@ -381,8 +378,14 @@ def step(
         loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
     if args.loss == "kd":  # Eq. 6
         loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
-    right = (logits.argmax(dim=-1) == labels).to(w)
-    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right, w, (w > 0.5).to(w)]
+    numbers = [
+        torch.ones_like(w),
+        loss.expand_as(w),
+        loss_ce,
+        (logits.argmax(dim=-1) == labels).to(w),
+        w,
+        (w > 0.5).to(w),
+    ]
     return loss, torch.stack(numbers).detach().sum(dim=1)
 
 
@@ -390,15 +393,18 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     """Fine-tune on task.train. Goes on from the checkpoint in `out`, if there is one."""
     learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed).eval()
     learner.visual.requires_grad_(args.train == "all")  # AdamW passes over what has no gradient
-    groups = parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay)
-    # WHY fused: one kernel for all parameters, and no number is read on the way.
-    optimizer = torch.optim.AdamW(groups, args.lr, tuple(args.betas), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay),
+        args.lr,
+        tuple(args.betas),
+        eps=1e-8,
+        fused=True,  # WHY: one kernel for all parameters, and no number is read on the way
+    )
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
-    batches_of = training_batches(args, clip, task)
     first = common.resume(out, learner, optimizer)
-    for epoch, batches in common.epochs(args, first, batches_of, out.name):
+    for epoch, batches in common.epochs(args, first, training_batches(args, clip, task), out.name):
         sums = next(learner.parameters()).new_zeros(6)
         for i, (size, parts) in enumerate(batches):
             rate = warmup_linear(epoch * len(batches) + i, args.epochs * len(batches), args.warmup)
@@ -424,8 +430,9 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
 def training_batches(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
     """A function epoch → a list: for each batch its size, and an iterator over the parts that this
     process takes of it, each (images [b, 3, H, W], labels [b], positions [b])."""
-    transform = data.train_transform(clip.preprocess, args.augment)
-    images = data.ImageSet(task.train, transform, args.seed)
+    images = data.ImageSet(
+        task.train, data.train_transform(clip.preprocess, args.augment), args.seed
+    )
 
     def batches(epoch: int) -> list[tuple[int, Iterator]]:
         # The last batch may be smaller, and is kept, as released.
@@ -435,20 +442,17 @@ def training_batches(args: argparse.Namespace, clip: Clip, task: data.Task) -> C
         # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
         view = epoch % args.views if args.views else epoch
         numbers = [(part + view * len(images)).tolist() for parts in own for part in parts]
-        # One loader for the epoch, which decodes ahead: each batch takes its parts off its front.
+        # One loader, which decodes ahead, for the whole epoch: each batch takes its parts in turn.
         loaded = data.load_images(images, numbers, args, f"epoch {epoch + 1}")
-        return [
-            (len(batch), itertools.islice(loaded, len(parts))) for batch, parts in zip(whole, own)
-        ]
+        return [(len(batch), (next(loaded) for _ in parts)) for batch, parts in zip(whole, own)]
 
     return batches
 
 
 def own_parts(batch: Tensor, accumulate: int) -> list[Tensor]:
-    """This process's images of a batch [B], every K-th of K processes, in `accumulate` parts of
-    about one size; fewer where there are fewer images, or none."""
-    parts = batch[rank() :: world_size()].chunk(accumulate)
-    return [part for part in parts if len(part)]
+    """This process's images of a batch [B], in at most `accumulate` parts of about one size; none
+    where the batch has fewer images than there are processes."""
+    return [part for part in batch[rank() :: world_size()].chunk(accumulate) if len(part)]
 
 
 def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
@@ -493,8 +497,7 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
         return
     loss, loss_ce, right, w, above = sums[1:] / sums[0]
     line = {"lr": args.lr * rate, "loss": loss, "loss_ce": loss_ce, "train_accuracy": 100 * right}
-    if args.loss != "ce":
-        line |= {"w_mean": w, "w_above_half": above}
+    line |= {"w_mean": w, "w_above_half": above} if args.loss != "ce" else {}
     note = {"classnames": task.classnames, "template": task.template}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
         found = tuned_logits(args, clip, learner, task.validation()[0])
@@ -523,8 +526,13 @@ def class_logits(
 
 def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test):
     """Logits [N, C] of a test set's images, and labels [N]."""
-    tuned = dataclasses.replace(clip, model=learner)  # of which encode_images uses encode_image
-    x, labels = common.encode_images(tuned, test.items, clip.preprocess, args, cache=False)
+    x, labels = common.encode_images(
+        dataclasses.replace(clip, model=learner),  # for its encode_image
+        test.items,
+        clip.preprocess,
+        args,
+        cache=False,
+    )
     return class_logits(learner, clip, test.classnames, x, test.template), labels
 
 
@@ -534,11 +542,11 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
     for frozen in encoded:
         tuned, labels = tuned_logits(args, clip, learner, frozen.test)
         # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
-        extra = {
+        ensembles = {
             f"ensemble {A:g}": common.evaluate((1 - A) * tuned + A * frozen.zero_shot, labels)
             for A in args.ensemble
         }
-        found.append({"tuned": tuned, "extra": extra})
+        found.append({"tuned": tuned, "extra": ensembles})
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
@@ -586,18 +594,17 @@ def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data, or each other."""
     require(args.loss != "kd" or args.alpha <= 1, "--alpha of --loss kd is a share: 1 at most")
     if not args.eval:
-        smallest = min(args.batch_size, len(task.train))
-        require(world_size() <= smallest, "too small batches to share")
+        require(world_size() <= min(args.batch_size, len(task.train)), "too small batches to share")
         if args.select == "val" or args.eval_every:
             task.validation()  # or UserError: there is none
-        steps = args.epochs * math.ceil(len(task.train) / args.batch_size)
+        # The last batch of an epoch may be smaller: rounded up.
+        steps = args.epochs * ((len(task.train) + args.batch_size - 1) // args.batch_size)
         if int(steps * args.warmup) == 0 < args.warmup:
             task.notes.append(f"{steps} steps are too few for --warmup {args.warmup:g}")
     trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
-    known = set(data.numbered(trained))
-    unseen = any(set(data.numbered(test.classnames)) - known for test in task.tests)
+    tested = {name for test in task.tests for name in data.numbered(test.classnames)}
     require(
-        args.head == "text" or not (args.wise_ft or unseen),
+        args.head == "text" or (tested <= set(data.numbered(trained)) and not args.wise_ft),
         "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on",
     )
 
@@ -619,8 +626,8 @@ def main(argv: list[str] | None = None) -> dict:
         against = "fine-tuning and zero-shot" if compare else "zero-shot"
         out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
         encoded = common.encode_tests(args, clip, task.tests)
-    else:  # reads a checkpoint to go on with, writes nothing and tests nothing
-        out = Path(args.resume) if args.resume else NOWHERE
+    else:  # reads a checkpoint to go on with, if there is one; writes nothing, tests nothing
+        out = Path(args.resume or os.devnull)  # os.devnull: no folder, so it holds no checkpoint
         encoded = []
     baseline = None
     if compare:

@@ -23,14 +23,14 @@ Equations (numbered by this file: the paper could not be read in full)
 
     paper        here                              shape        flag
     p, here v    PromptDistribution.context        [M, W]       --ctx-init
-    r            residual                          [L, K, W]    --residual-scale (u)
-    μ, Σ         mu, logvar of posterior(x)        [K, W]       --posterior
+    r            residual                          [L, Q, W]    --residual-scale (u)
+    μ, Σ         mu, logvar of posterior(x)        [Q, W]       --posterior
     L            number of samples                 a number     --samples
     β            kl_weight                         a number     --kl-weight
     s, f         clip.scale, CLIP's image encoder               --model --pretrained
     B images in a batch, N in a set, C classes, M context vectors; W entries of a token, the text
-    transformer's width; D entries of a feature, of an image or of a text; L samples of each of K
-    posteriors: K = 1 with the global one, which all images share; K = B with an image posterior
+    transformer's width; D entries of a feature, of an image or of a text; L samples of each of Q
+    posteriors: Q = 1 with the global one, which all images share; Q = B with an image posterior
 
 Frozen: both encoders of CLIP. Learned: v and q. Why it helps: noise on the prompt keeps v from
 fitting details of the training images. When it does not help: in training too short for CoOp to
@@ -95,7 +95,7 @@ Tensor = torch.Tensor
 
 def sample_logits(x: Tensor, text: Tensor, scale: float) -> Tensor:
     """Logits of unit image features x [B, D] by sampled prompts (Eq. 1), whose unit text features
-    are text [L, K, C, D] → [L, B, C]. K = 1: all B images meet the same prompts. K = B: image b
+    are text [L, Q, C, D] → [L, B, C]. Q = 1: all B images meet the same prompts. Q = B: image b
     meets those of its own posterior, text[:, b].
 
     >>> x = torch.eye(2)  # two images
@@ -103,16 +103,16 @@ def sample_logits(x: Tensor, text: Tensor, scale: float) -> Tensor:
     tensor([[[10.,  0.],
              [ 0., 10.]]])
     """
-    K = text.shape[1]
-    x = x.unflatten(0, (K, -1))  # [K, B / K, D]: [1, B, D] or [B, 1, D]
+    Q = text.shape[1]
+    x = x.unflatten(0, (Q, -1))  # [Q, B / Q, D]: [1, B, D] or [B, 1, D]
     # Eq. 1: logits = s · cos(f(x), t)
-    logits = scale * (x @ text.mT)  # [L, K, B / K, C]
+    logits = scale * (x @ text.mT)  # [L, Q, B / Q, C]
     return logits.flatten(1, 2)
 
 
 def sample_residual(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-    """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [K, W], eps [L, K, W] → r
-    [L, K, W]. (eps [L, 1, W] serves all K posteriors alike.)
+    """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [Q, W], eps [L, Q, W] → r
+    [L, Q, W]. (eps [L, 1, W] serves all Q posteriors alike.)
 
     WHY so: all randomness is in eps, so that gradients reach mu and logvar. logvar is log σ², hence
     the half.
@@ -220,25 +220,25 @@ class PromptDistribution(torch.nn.Module):
         self.to(context)  # its device and dtype
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q(r) for unit image features x [B, D] (Eq. 2) → mu, logvar [K, W]; K = 1, one row for all
-        images, or K = B."""
+        """q(r) for unit image features x [B, D] (Eq. 2) → mu, logvar [Q, W]; Q = 1, one row for all
+        images, or Q = B."""
         # Eq. 2
         if self.kind == "global":
             return self.mean, self.logvar
         return self.mean_net(x), self.logvar_net(x)
 
     def forward(self, names: Names, residual: Tensor) -> Tensor:
-        """names = name_tokens(clip, classnames, M), residual [L, K, W] → text features
-        [L, K, C, D], unnormalised."""
-        L, K, _ = residual.shape
-        contexts = self.context + self.u * residual[:, :, None]  # [L, K, M, W]
-        contexts = contexts.flatten(0, 1)  # [L·K, M, W]
-        start = common.start_of_text(self.clip).expand(L * K, -1, -1)
-        prefix = torch.cat([start, contexts], dim=1)  # [L·K, 1 + M, W]
+        """names = name_tokens(clip, classnames, M), residual [L, Q, W] → text features
+        [L, Q, C, D], unnormalised."""
+        L, Q, _ = residual.shape
+        contexts = self.context + self.u * residual[:, :, None]  # [L, Q, M, W]
+        contexts = contexts.flatten(0, 1)  # [L·Q, M, W]
+        start = common.start_of_text(self.clip).expand(L * Q, -1, -1)
+        prefix = torch.cat([start, contexts], dim=1)  # [L·Q, 1 + M, W]
         # WHY gradients=True in evaluation, too: one precision, that of training.
         with common.autocast(self.clip, gradients=True):
-            features = common.encode_prompts(self.clip, prefix, names)  # [L·K, C, D]
-        return features.unflatten(0, (L, K))
+            features = common.encode_prompts(self.clip, prefix, names)  # [L·Q, C, D]
+        return features.unflatten(0, (L, Q))
 
 
 def three_layers(D: int, W: int) -> torch.nn.Sequential:
@@ -265,7 +265,7 @@ def new_learner(args: argparse.Namespace, clip: Clip, context: Tensor) -> Prompt
 
 
 def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> Tensor:
-    """ε [L, K, W]. columns: for each of K what its draw is for, ("evaluation",), (epoch, step) or
+    """ε [L, Q, W]. columns: for each of Q what its draw is for, ("evaluation",), (epoch, step) or
     (epoch, image): ε[:, k] is a function of seed and columns[k], whatever else is drawn with it."""
     draws = []
     for what_for in columns:
@@ -276,7 +276,7 @@ def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> Tensor:
 
 
 def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Tensor:
-    """ε [L, K, W] of one step. Global: K = 1, shared by the batch. Image: K = B, a draw for each.
+    """ε [L, Q, W] of one step. Global: Q = 1, shared by the batch. Image: Q = B, a draw for each.
     batch [B]: positions of the images, on the CPU."""
     if args.posterior == "global":
         return noise(clip, args.seed, args.samples, [(epoch, step)])
@@ -342,12 +342,12 @@ def step(
     labels: Tensor,
     args: argparse.Namespace,
 ) -> Tensor:
-    """One batch: unit image features x [B, D], labels [B], noise eps [L, K, W] → [loss, L_task, KL,
+    """One batch: unit image features x [B, D], labels [B], noise eps [L, Q, W] → [loss, L_task, KL,
     mean of σ]. Sets the gradients of v and q."""
     # Eq. 2, Eq. 3: L residuals of each posterior; without samples the mean is the one residual
-    mu, logvar = learner.posterior(x)  # [K, W]
-    residual = sample_residual(mu, logvar, eps) if args.samples else mu[None]  # [L, K, W]
-    text = F.normalize(learner(names, residual), dim=-1)  # [L, K, C, D]
+    mu, logvar = learner.posterior(x)  # [Q, W]
+    residual = sample_residual(mu, logvar, eps) if args.samples else mu[None]  # [L, Q, W]
+    text = F.normalize(learner(names, residual), dim=-1)  # [L, Q, C, D]
     # Eq. 1
     logits = sample_logits(x, text, learner.clip.scale)  # [L, B, C]
     # Eq. 6, Eq. 4
@@ -416,7 +416,7 @@ def predict(
     n_prompts = 1 + len(learner.eval_noise)
 
     def text_features(x: Tensor) -> Tensor:
-        """[1 + L, K, C, D], unit; row 0 is the mean residual's. WHY one noise for all images: then
+        """[1 + L, Q, C, D], unit; row 0 is the mean residual's. WHY one noise for all images: then
         the prediction for an image is the same alone, in a batch and in any test set."""
         mu, logvar = learner.posterior(x)
         residual = torch.cat([mu[None], sample_residual(mu, logvar, learner.eval_noise)])
