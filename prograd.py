@@ -155,15 +155,15 @@ class PromptLearner(torch.nn.Module):
             names = with_contexts(self.context, names)
         # WHY gradients=True in evaluation, too: one precision, that of training.
         with common.autocast(self.clip, gradients=True):
-            return common.encode_prompts(self.clip, prefix, names)[0]
+            return common.encode_prompts(self.clip, prefix, names)[0]  # of the one prefix
 
 
 def with_contexts(context: Tensor, names: Names) -> Names:
-    """--csc: each class's context, context [C, M, W], before its own name.
+    """--csc: put each class's context (context [C, M, W]) before its own name.
 
-    All names stand side by side in names.rows [R, S, W], with M free places before each name, which
-    hold position embeddings alone. names.own [C · M] are the numbers of these places, class by
-    class, in the rows laid end to end.
+    All names stand side by side in names.rows [R, S, W]. Before each are M free places, which hold
+    position embeddings alone; names.own [C · M] are their numbers, class by class, in the rows laid
+    end to end.
     """
     places = names.rows.flatten(0, 1).index_add(0, names.own, context.flatten(0, 1))  # [R · S, W]
     return dataclasses.replace(names, rows=places.view_as(names.rows))
@@ -233,7 +233,7 @@ FLAGS = {
     "--teacher": {"choices": ["template", "ensemble"], "help": "one prompt, or ProGrad++"},
     "--temperature": {"type": float, "metavar": "T", "help": "of Eq. 3; more = softer predictions"},
     "--n-ctx": {"type": int, "metavar": "M", "help": "context tokens; fewer for new classes"},
-    "--init": {"choices": ["template", "random"], "help": "its words, or N(0, 0.02²)"},
+    "--init": {"choices": ["template", "random"], "help": "the template's words, or N(0, 0.02²)"},
     "--csc": {"action": "store_true", "help": "a context for each class, and no new classes"},
     "--momentum": {"type": float, "metavar": "X", "help": "of SGD"},
     "--weight-decay": {"type": float, "metavar": "X", "help": "of SGD, after the projection"},
@@ -248,12 +248,7 @@ def build_parser() -> data.Parser:
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
 def step(
-    learner: PromptLearner,
-    names: Names,
-    teacher: Tensor,
-    x: Tensor,
-    labels: Tensor,
-    args: argparse.Namespace,
+    learner: PromptLearner, names: Names, teacher: Tensor, x: Tensor, labels: Tensor, args
 ) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], the teacher's unit text features [C, D]
     → [L_ce, L_kl, cosine of g_d and g_g, 1 where they conflict or 0]. Sets context.grad to g."""
@@ -290,7 +285,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    first = common.resume(out, learner, optimizer)
+    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
     for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
         # Eq. 6: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
@@ -302,22 +297,19 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
             # Eq. 6: v <- SGD(v, g)
             optimizer.step()
         loss_ce, loss_kl, cosine, conflict = torch.stack(seen).mean(dim=0)
-        # Means over the epoch's steps; "conflict" is the share of steps with a conflict.
+        # Means over the epoch's steps: "conflict" is the share of steps with a conflict.
         line = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine,
                 "conflict": conflict}  # fmt: skip
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
-        common.end_epoch(
-            out, epoch, args.epochs, learner, optimizer, line,
-            classnames=task.classnames, template=task.template,
-        )  # fmt: skip
+        note = {"classnames": task.classnames, "template": task.template}
+        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
     return learner
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
-# tools/ call read_learner and class_logits of every method file in one way, also with what only
-# another file uses (`template`).
+# tools/ call class_logits and read_learner of each method file alike: `template` is for proreg.py.
 @torch.no_grad()
 def class_logits(
     learner: PromptLearner, clip: Clip, classnames: list[str], x: Tensor, template: str = ""
@@ -338,17 +330,15 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
 
 
 def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result."""
+    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
+    the test sets, as frozen CLIP sees them."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    learner = (
-        read_learner(args.eval, args, clip) if args.eval else train(args, clip, task, views, out)
-    )
-    found = [
-        {"tuned": class_logits(learner, clip, frozen.test.classnames, frozen.x)}
-        for frozen in encoded
-    ]
+    learner = (read_learner(args.eval, args, clip) if args.eval
+               else train(args, clip, task, views, out))  # fmt: skip
+    found = [{"tuned": class_logits(learner, clip, frozen.test.classnames, frozen.x)}
+             for frozen in encoded]  # fmt: skip
     return common.write_result(
         out, method_name(args), args, clip, task, encoded, found, start, baseline
     )

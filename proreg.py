@@ -294,9 +294,9 @@ FLAGS = {
     "--temperature": {"type": float, "metavar": "T", "help": "of Eq. 3"},
     "--head": {"choices": ["text", "mlp"], "help": "the prompt's features, or random layers"},
     "--train": {"choices": ["all", "head"], "help": "head: the classifier alone"},
-    "--head-lr-factor": {"type": float, "metavar": "X", "help": "the head's rate, in --lr"},
+    "--head-lr-factor": {"type": float, "metavar": "X", "help": "the head's rate is X times --lr"},
     "--betas": {"type": float, "nargs": 2, "metavar": "X", "help": "of AdamW"},
-    "--weight-decay": {"type": float, "metavar": "X", "help": "of AdamW, but on biases"},
+    "--weight-decay": {"type": float, "metavar": "X", "help": "of AdamW, not on biases"},
     "--warmup": {"type": float, "metavar": "X", "help": "share of steps with a rising rate"},
     "--accumulate": {"type": int, "metavar": "X", "help": "parts of a batch, to save memory"},
     "--select": {"choices": ["last", "val"], "help": "val: the epoch best on validation images"},
@@ -323,19 +323,18 @@ def join_processes(args: argparse.Namespace) -> None:
     if args.device != "cpu":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    n = os.environ["WORLD_SIZE"]
-    print(f"waiting for {n} processes, {PATIENCE} at most", file=sys.stderr)
+    print(f"waiting for {os.environ['WORLD_SIZE']} processes, {PATIENCE} at most", file=sys.stderr)
     try:
-        store, number, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, number, n = next(dist.rendezvous("env://", timeout=PATIENCE))
     except (ValueError, RuntimeError) as error:
         raise common.UserError(
-            f"{n} processes did not meet: start them by torchrun --nproc-per-node {n} ({error})"
+            f"the processes did not meet: start N by torchrun --nproc-per-node N ({error})"
         ) from error
     dist.init_process_group(
         "nccl" if args.device != "cpu" else "gloo",
         store=store,
         rank=number,
-        world_size=int(n),
+        world_size=n,
         timeout=datetime.timedelta(days=1),  # the others wait while the first evaluates
     )
     if number > 0:
@@ -353,13 +352,7 @@ def world_size() -> int:
 
 
 def step(
-    learner: PromptedClassifier,
-    clip: Clip,
-    teacher: Callable,
-    images: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    args: argparse.Namespace,
+    learner: PromptedClassifier, clip: Clip, teacher, images: Tensor, labels: Tensor, index, args
 ) -> tuple[Tensor, Tensor]:
     """One part of a batch: images [b, 3, H, W], labels [b], index [b] (positions in the data) → its
     loss L, with a gradient, and for the log sums over its images of [1, L, L_ce, prediction right,
@@ -378,14 +371,8 @@ def step(
         loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
     if args.loss == "kd":  # Eq. 6
         loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
-    numbers = [
-        torch.ones_like(w),
-        loss.expand_as(w),
-        loss_ce,
-        (logits.argmax(dim=-1) == labels).to(w),
-        w,
-        (w > 0.5).to(w),
-    ]
+    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce,
+               (logits.argmax(dim=-1) == labels).to(w), w, (w > 0.5).to(w)]  # fmt: skip
     return loss, torch.stack(numbers).detach().sum(dim=1)
 
 
@@ -393,13 +380,11 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     """Fine-tune on task.train. Goes on from the checkpoint in `out`, if there is one."""
     learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed).eval()
     learner.visual.requires_grad_(args.train == "all")  # AdamW passes over what has no gradient
+    # WHY fused: one kernel for all parameters, and no number is read on the way.
     optimizer = torch.optim.AdamW(
         parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay),
-        args.lr,
-        tuple(args.betas),
-        eps=1e-8,
-        fused=True,  # WHY: one kernel for all parameters, and no number is read on the way
-    )
+        args.lr, tuple(args.betas), eps=1e-8, fused=True,
+    )  # fmt: skip
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
@@ -441,9 +426,9 @@ def training_batches(args: argparse.Namespace, clip: Clip, task: data.Task) -> C
         own = [own_parts(batch, args.accumulate) for batch in whole]
         # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
         view = epoch % args.views if args.views else epoch
-        numbers = [(part + view * len(images)).tolist() for parts in own for part in parts]
-        # One loader, which decodes ahead, for the whole epoch: each batch takes its parts in turn.
-        loaded = data.load_images(images, numbers, args, f"epoch {epoch + 1}")
+        lists = [(part + view * len(images)).tolist() for parts in own for part in parts]
+        # One loader for all of these, as it decodes ahead. So the batches are to be used in order.
+        loaded = data.load_images(images, lists, args, f"epoch {epoch + 1}")
         return [(len(batch), (next(loaded) for _ in parts)) for batch, parts in zip(whole, own)]
 
     return batches
@@ -475,8 +460,8 @@ def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> 
 
 
 def add_gradients(learner: PromptedClassifier) -> None:
-    """The sum of all processes' gradients; one message, not hundreds. A process that had no image
-    of a small batch adds zeros."""
+    """Replace each gradient by the sum over all processes, in one message, not hundreds. A process
+    that had no image of a small batch adds zeros."""
     if world_size() == 1:
         return
     learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
@@ -495,7 +480,7 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
         dist.all_reduce(sums)
     if rank() > 0:
         return
-    loss, loss_ce, right, w, above = sums[1:] / sums[0]
+    loss, loss_ce, right, w, above = sums[1:] / sums[0]  # means over the epoch's images
     line = {"lr": args.lr * rate, "loss": loss, "loss_ce": loss_ce, "train_accuracy": 100 * right}
     line |= {"w_mean": w, "w_above_half": above} if args.loss != "ce" else {}
     note = {"classnames": task.classnames, "template": task.template}
@@ -510,7 +495,6 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
-# tools/ call read_learner and class_logits of every method file in one way.
 @torch.no_grad()
 def class_logits(
     learner: PromptedClassifier, clip: Clip, classnames: list[str], x: Tensor, template: str
@@ -526,18 +510,14 @@ def class_logits(
 
 def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test):
     """Logits [N, C] of a test set's images, and labels [N]."""
-    x, labels = common.encode_images(
-        dataclasses.replace(clip, model=learner),  # for its encode_image
-        test.items,
-        clip.preprocess,
-        args,
-        cache=False,
-    )
+    tuned = dataclasses.replace(clip, model=learner)  # whose encode_image is the tuned encoder
+    x, labels = common.encode_images(tuned, test.items, clip.preprocess, args, cache=False)
     return class_logits(learner, clip, test.classnames, x, test.template), labels
 
 
 def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> list[dict]:
-    """For each test set the tuned logits, and as "extra" each ensemble's and mixture's measures."""
+    """For each test set (encoded: as frozen CLIP sees it) the tuned logits, and as "extra" the
+    measures of each ensemble and of each mixture of weights."""
     found = []
     for frozen in encoded:
         tuned, labels = tuned_logits(args, clip, learner, frozen.test)
@@ -557,12 +537,13 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
 
 
 def mix_weights(clip: Clip, learner: PromptedClassifier, A: float) -> PromptedClassifier:
-    """WiSE-FT (whose own coefficient is 1 - A)."""
+    """WiSE-FT: the weights, statistics included, between tuned (A = 0) and zero-shot (A = 1). The
+    coefficient of its paper is 1 - A."""
     mixture = copy.deepcopy(learner)
     start = PromptedClassifier(clip, learner.classnames, learner.template).state_dict()
     for name, value in mixture.state_dict().items():
         if value.is_floating_point():
-            # Eq. 9: θ = (1 - A) · θ_tuned + A · θ_zs
+            # Eq. 9: (1 - A) · tuned + A · start
             value.lerp_(start[name], A)
     return mixture
 
@@ -576,7 +557,8 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
 
 
 def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result."""
+    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
+    the test sets, as frozen CLIP sees them; none in processes other than the first."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()

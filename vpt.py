@@ -335,12 +335,7 @@ def build_parser() -> data.Parser:
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
 def step(
-    learner: PromptDistribution,
-    names: Names,
-    eps: Tensor,
-    x: Tensor,
-    labels: Tensor,
-    args: argparse.Namespace,
+    learner: PromptDistribution, names: Names, eps: Tensor, x: Tensor, labels: Tensor, args
 ) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], noise eps [L, Q, W] → [loss, L_task, KL,
     mean of σ]. Sets the gradients of v and q."""
@@ -401,8 +396,8 @@ def train(
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
-# tools/ call read_learner and class_logits of every method file in one way, also with what only
-# another file uses (`args`, `template`).
+# tools/ call class_logits and read_learner of each method file alike: `template` is for proreg.py,
+# read_learner's `args` for both others.
 @torch.no_grad()
 def predict(
     learner: PromptDistribution, clip: Clip, classnames: list[str], x: Tensor
@@ -458,7 +453,8 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
 
 
 def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result."""
+    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
+    the test sets, as frozen CLIP sees them."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
