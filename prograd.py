@@ -218,7 +218,7 @@ def defaults(run: dict) -> dict:
         return TOY | {"epochs": epochs, "classes": "all" if run.get("csc") else "base"}
     shots = run.get("shots", 16)
     settings = PAPER | {"epochs": {1: 50, 2: 100, 4: 100}.get(shots, 200)}
-    if ":" in run["dataset"]:  # your own images: fresh views of each epoch take hours on a CPU
+    if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
         settings["views"] = 10
     if run.get("paper") and run["dataset"] == "imagenet":
         settings["epochs"] = 50

@@ -378,6 +378,7 @@ def step(
 
 def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
     """Fine-tune on task.train. Goes on from the checkpoint in `out`, if there is one."""
+    # eval: see PAPER vs CODE 7.
     learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed).eval()
     learner.visual.requires_grad_(args.train == "all")  # AdamW passes over what has no gradient
     # WHY fused: one kernel for all parameters, and no number is read on the way.
@@ -388,7 +389,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
-    first = common.resume(out, learner, optimizer)
+    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
     for epoch, batches in common.epochs(args, first, training_batches(args, clip, task), out.name):
         sums = next(learner.parameters()).new_zeros(6)
         for i, (size, parts) in enumerate(batches):

@@ -19,6 +19,7 @@ Equations (numbered by this file: the paper could not be read in full)
     Eq. 6   L_task = mean over the batch of -log p(y | x)               --bound log-mean   task loss
             L_task = mean over the batch of -1/L sum_l log p(y | x, r_l)     --bound elbo
     Eq. 7   v, q <- SGD(L_task + β KL), with momentum, and weight decay on all of v and q   the step
+            The rate is 1e-5 in the first epoch, then follows a cosine from --lr down towards 0
     Eq. 8   E = entropy of p(. | x),  MI = E - 1/L sum_l entropy of p(. | x, r_l)        uncertainty
 
     paper        here                              shape        flag
@@ -52,8 +53,8 @@ github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff, and is followed; FILE:LI
     (trainers/vpt.py:283, 297). The paper's is --kl-weight 512 where tokens have W = 512 entries
     (ViT-B/16, RN50), with --bound elbo.
  3. The code's std_posterior is a log-variance (trainers/vpt.py:197). That of the global posterior
-    is drawn from Uniform[0, 1] (148): σ starts at 1 to 1.65 and hardly moves, as weight decay (on
-    all that is learned, 343) and the small KL weight pull at it very little. The entries of CLIP's
+    is drawn from Uniform[0, 1] (line 148): σ starts at 1 to 1.65 and hardly moves, as weight decay
+    (on all that is learned, line 343) and the small KL weight pull little. The entries of CLIP's
     tokens have a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the
     context, and what is learned is what works in spite of it. --residual-scale u is ours; 1 is the
     released code. The KL is that of r, before u.
@@ -265,11 +266,11 @@ def new_learner(args: argparse.Namespace, clip: Clip, context: Tensor) -> Prompt
 
 
 def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> Tensor:
-    """ε [L, Q, W]. columns: for each of Q what its draw is for, ("evaluation",), (epoch, step) or
-    (epoch, image): ε[:, k] is a function of seed and columns[k], whatever else is drawn with it."""
+    """ε [L, Q, W]. columns[i] says what ε[:, i] is for: ("evaluation",), (epoch, step) or (epoch,
+    image). With the seed it decides this draw, whatever else is drawn beside it."""
     draws = []
-    for what_for in columns:
-        generator = data.generator(seed, "noise", *what_for)
+    for purpose in columns:
+        generator = data.generator(seed, "noise", *purpose)
         draws.append(torch.randn(L, clip.width, generator=generator))
     start = common.start_of_text(clip)
     return torch.stack(draws, dim=1).to(start.device, start.dtype, non_blocking=True)
@@ -296,7 +297,7 @@ TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip", "class
 PAPER = SETTINGS | {"model": "ViT-B-16", "pretrained": "openai", "classes": "all", "lr": 0.002,
                     "epochs": 10, "residual_scale": 1.0, "augment": "crop", "views": 0,
                     "compare": False}
-EXCEPTIONS = {  # dataset: (L, epochs), from the authors' instructions
+EXCEPTIONS = {  # dataset: (L, epochs), see PAPER vs CODE 7
     "imagenet": (10, 10), "caltech101": (20, 20), "oxford_pets": (40, 20), "dtd": (40, 10),
     "stanford_cars": (20, 40), "oxford_flowers": (10, 40), "food101": (20, 20), "ucf101": (5, 20),
     "fgvc_aircraft": (10, 10), "sun397": (20, 10), "eurosat": (20, 60)}
@@ -310,7 +311,7 @@ def defaults(run: dict) -> dict:
     if run["dataset"].startswith("toy_"):
         return TOY
     settings = dict(PAPER)
-    if ":" in run["dataset"]:  # your own images: fresh views of each epoch take hours on a CPU
+    if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
         settings["views"] = 10
     if run.get("paper") and run["dataset"] in EXCEPTIONS:
         settings["samples"], settings["epochs"] = EXCEPTIONS[run["dataset"]]
@@ -321,7 +322,7 @@ FLAGS = {
     "--posterior": {"choices": ["global", "image"], "help": "Eq. 2: one q(r), or one an image"},
     "--samples": {"type": int, "metavar": "L", "help": "5 or more; 0 = the deterministic base"},
     "--residual-scale": {"type": float, "metavar": "U", "help": "u of Eq. 1, the noise's size"},
-    "--kl-weight": {"type": float, "metavar": "β", "help": "of Eq. 7; for the paper's elbo type W"},
+    "--kl-weight": {"type": float, "metavar": "β", "help": "of Eq. 7; W is the paper's, for elbo"},
     "--bound": {"choices": ["log-mean", "elbo"], "help": "Eq. 6: the code's, or the paper's"},
     "--ctx-init": {"metavar": "WORDS", "help": "where the context starts; their tokens are M"},
     "--momentum": {"type": float, "metavar": "X", "help": "of SGD"},
@@ -348,7 +349,7 @@ def step(
     # Eq. 6, Eq. 4
     loss_task = task_loss(logits, labels, args.bound)
     kl = kl_to_standard_normal(mu, logvar).mean()
-    # Eq. 7: loss = loss_task + kl_weight * kl; without samples nothing has a spread
+    # Eq. 7: loss = loss_task + kl_weight * kl. Without samples there is no spread, and no KL
     loss = loss_task + args.kl_weight * kl if args.samples else loss_task
     learner.zero_grad()
     loss.backward()
@@ -369,7 +370,7 @@ def train(
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    first = common.resume(out, learner, optimizer)
+    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
     for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -458,9 +459,8 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    learner = (
-        read_learner(args.eval, args, clip) if args.eval else train(args, clip, task, views, out)
-    )
+    learner = (read_learner(args.eval, args, clip) if args.eval
+               else train(args, clip, task, views, out))  # fmt: skip
     found = []
     for frozen in encoded:
         row = predict(learner, clip, frozen.test.classnames, frozen.x)

@@ -62,6 +62,24 @@ def test_prograd_variants():
     assert checkpoint("short")["model/context"].shape == (4, 64)
 
 
+def test_logged_conflicts_are_those_that_are_projected(toyclip):
+    torch.manual_seed(1)
+    learner = prograd.PromptLearner(toyclip, 0.02 * torch.randn(4, 64))
+    names = learner.names(NAMES)
+    teacher = common.zero_shot_classifier(toyclip, NAMES, ["a photo of a {}."])
+    seen = set()
+    for _ in range(12):
+        batch = F.normalize(torch.randn(2, 64), dim=-1), torch.randint(0, 3, (2,))
+        gradients = []
+        for lam in (0.0, 1.0):
+            args = argparse.Namespace(temperature=1.0, rule="project", lam=lam)
+            conflict = prograd.step(learner, names, teacher, *batch, args)[3].item()
+            gradients.append(learner.context.grad)
+        assert conflict == (not torch.equal(*gradients))
+        seen.add(conflict)
+    assert seen == {0.0, 1.0}
+
+
 def test_csc():
     result = run(prograd, "--csc", "--out-dir", "csc", "--shots", "1")
     assert checkpoint("csc")["model/context"].shape == (24, 16, 64)
