@@ -175,8 +175,12 @@ def test_vpt_runs():
     assert set(image["tests"][0]["extra"]) == {"mean_residual"}
     elbo = run(vpt, "--bound", "elbo", "--kl-weight", "64", "--samples", "2", "--shots", "1")
     assert elbo["tests"][0]["tuned"] != image["tests"][0]["tuned"]
-    again = run(vpt, "--eval", "runs/vpt-toy_fillshapes_sketch-1shot-seed1", "--seed", "2")
-    assert again["tests"] == image["tests"]  # the noise belongs to the run
+    folder = "runs/vpt-toy_fillshapes_sketch-1shot-seed1"
+    assert run(vpt, "--eval", folder)["tests"] == image["tests"]
+    clip = common.load_clip()
+    learner = vpt.read_learner(folder, argparse.Namespace(seed=2), clip)
+    noise = vpt.noise(clip, 1, 2, [("evaluation",)])
+    assert torch.equal(learner.eval_noise, noise)  # the noise belongs to the run
     with pytest.raises(UserError, match="--ctx-init is empty"):
         run(vpt, "--ctx-init", " ")
 
