@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import sys
 import time
 import warnings
@@ -110,13 +109,12 @@ def load_clip(
         with warnings.catch_warnings(action="ignore"):
             net = build_model(name, pretrained or "")
             tokenizer = open_clip.get_tokenizer(name)
-    except pickle.UnpicklingError as error:  # torch's advice is to unpickle all the same
-        advice = "save the state_dict alone: torch.save(model.state_dict(), FILE)"
-        told = f"cannot load {model}: its weights file holds more than tensors, or is damaged"
-        raise UserError(f"{told}; {advice}") from error
     except Exception as error:  # open_clip, the hub and torch raise many kinds
+        reason = str(error)[:1000] or repr(error)
+        if "weights_only" in reason:  # torch's advice is to unpickle all the same
+            reason = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
         what = " ".join(filter(None, [model, pretrained]))
-        raise UserError(f"cannot load {what}: {str(error)[:1000] or repr(error)}") from error
+        raise UserError(f"cannot load {what}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
@@ -128,8 +126,9 @@ def load_clip(
     if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
         net.visual.to(memory_format=torch.channels_last)  # faster convolutions
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    require(hasattr(text_tower(net), "token_embedding"), f"{name} has no CLIP's text tower")
     twin = f"{name}-quickgelu"
-    local = Path(pretrained or "").is_file() and activation(net) == "GELU"
+    plain_name = os.path.isfile(pretrained or "") and twin in open_clip.list_models()
     note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
     clip = Clip(
         net,
@@ -139,10 +138,8 @@ def load_clip(
         pretrained or "",
         scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
-        notes=(note,) if local and twin in open_clip.list_models() else (),
+        notes=(note,) if plain_name and activation(net) == "GELU" else (),
     )
-    takes = hasattr(text_tower(net), "token_embedding")
-    require(takes, f"{name}: its text tower takes no token embeddings, so that nothing is tuned")
     clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
     return dataclasses.replace(clip, device=device, memory_gb=memory_gb)
@@ -231,14 +228,15 @@ def activation(net: torch.nn.Module) -> str:
 def check_text_tower(clip: Clip) -> Clip:
     """The clip; where section 2's fast encoder does not equal open_clip's own tower, one that is
     encoded by `plain`, and says so."""
-    theirs = plain(clip, start_of_text(clip), ["a photo"])[0]
+    plainly = dataclasses.replace(clip, fast=False, notes=(*clip.notes, NOT_FAST))
+    theirs = prompt_features(plainly, ["photo"], "a {}")
     try:
         ours = prompt_features(clip, ["photo"], "a {}")
         if (ours - theirs).norm() < 1e-3 * theirs.norm():
             return clip
     except (AttributeError, TypeError, RuntimeError, ValueError):
         pass
-    return dataclasses.replace(clip, fast=False, notes=(*clip.notes, NOT_FAST))
+    return plainly
 
 
 def text_tower(model: torch.nn.Module) -> torch.nn.Module:
@@ -257,8 +255,8 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
 
 
 # 2. TEXT: many names behind one prefix. The heart of the project's speed --------------------------
-# To paste it elsewhere take along: the imports; ROW_LENGTH, HALF; Clip, text_tower, autocast of
-# section 1; require, UserError of data.py. tests/test_text.py does so.
+# To paste it elsewhere take along the imports and ROW_LENGTH, HALF, Clip, text_tower, autocast from
+# above, UserError, require from data.py. benchmark/README.md shows a training loop with it.
 @dataclasses.dataclass
 class Names:
     """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
@@ -346,15 +344,22 @@ def attention_mask(text_of: Tensor, before: int) -> Tensor:
     return torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
 
 
-def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names | list[str]:
+def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names | Tensor:
     """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
 
     With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
-    it. Where the fast encoder cannot be used, these are the texts as they are.
+    it. Where the fast encoder cannot be used, these are ids for `plain`.
     """
-    texts = [f"{name}." for name in classnames]
-    require(clip.fast or not own, f"{clip.name} is encoded whole (see its note): no --csc")
-    return pack(clip, texts, 1 + n_ctx, own) if clip.fast else texts
+    return tokenize(clip, [f"{name}." for name in classnames], n_ctx, own)
+
+
+def tokenize(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | Tensor:
+    """Whole texts as `encode_prompts` wants them, to stand behind SOS and `n_ctx` tokens."""
+    before = start_of_text(clip).shape[1] + n_ctx
+    if clip.fast:
+        return pack(clip, texts, before, own)
+    require(not own, f"{clip.name} is encoded whole (see its note): no --csc")
+    return pad(clip, texts, before)
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
@@ -377,8 +382,7 @@ def prompt_features(clip: Clip, classnames: list[str], template: str) -> Tensor:
     """Text features [C, D] of a hand-written prompt, unnormalised."""
     texts = [template.replace("{}", name) for name in classnames]
     with autocast(clip):
-        names = pack(clip, texts) if clip.fast else texts
-        return encode_prompts(clip, start_of_text(clip), names)[0]
+        return encode_prompts(clip, start_of_text(clip), tokenize(clip, texts))[0]
 
 
 def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]) -> Tensor:
@@ -387,7 +391,7 @@ def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]
     return F.normalize(torch.stack(rows).mean(dim=0), dim=-1)
 
 
-def encode_prompts(clip: Clip, prefix: Tensor, names: Names | list[str]) -> Tensor:
+def encode_prompts(clip: Clip, prefix: Tensor, names: Names | Tensor) -> Tensor:
     """Text features of every class under every prefix: prefix [G, P, W] → [G, C, D], unnormalised.
 
     Equals `plain`, for CLIP's text attention is causal: (1) what stands after a class's EOT cannot
@@ -395,31 +399,32 @@ def encode_prompts(clip: Clip, prefix: Tensor, names: Names | list[str]) -> Tens
     stand behind one copy of it. Work: R · (P + S) tokens a prefix, not C · context length.
     Differentiable in prefix and names. UserError for names that were packed for another P.
     """
-    if not isinstance(names, Names):
+    if isinstance(names, Tensor):  # ids
         return plain(clip, prefix, names)
     tower = text_tower(clip.model)
     P, packed = prefix.shape[1], names.mask.shape[-1] - names.rows.shape[1]
     require(P == packed, f"a prefix of {P} tokens: these names were packed for one of {packed}")
-    encode, alive = bounded(clip, encode_rows, prefix, names.rows)
-    pieces = list(zip(names.rows.split(alive), names.mask.split(alive), names.ends.split(alive)))
-    parts = []  # [g, R, K, W] each
-    for some in prefix.split(max(1, alive // len(names.rows))):
-        parts.append(torch.cat([encode(tower, some, *piece) for piece in pieces], dim=1))
-    ends = torch.cat(parts).flatten(1, 2).index_select(1, names.which)  # [G, C, W]
+    encode = partial(encode_rows, tower)
+    ends = in_pieces(clip, encode, prefix, names.rows, names.mask, names.ends)  # [G, R, K, W]
+    ends = ends.flatten(1, 2).index_select(1, names.which)  # [G, C, W]
     return (ends @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
 
 
-def bounded(clip: Clip, encode: Callable, prefix: Tensor, rows: Tensor) -> tuple[Callable, int]:
-    """How many rows, each behind a prefix, may be alive at a time (clip.memory_gb), and `encode`;
-    where that is not all, and gradients are needed, it computes again in the backward pass."""
-    G, P, W = prefix.shape
-    R, S, _ = rows.shape
+def in_pieces(clip: Clip, encode: Callable, prefix: Tensor, rows: Tensor, *more: Tensor) -> Tensor:
+    """encode(prefix, rows, ..) → [G, R, ..], in pieces of prefixes and rows [R, S, ..] that bound
+    what is alive (clip.memory_gb). For gradients pieces are computed again in the backward pass."""
+    P, W = prefix.shape[1:]
     # A token takes at most 35 W floats a layer with gradients, else 40 W (measured).
     gradients = torch.is_grad_enabled() and (prefix.requires_grad or rows.requires_grad)
     floats = 35 * len(text_tower(clip.model).transformer.resblocks) if gradients else 40
-    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + S))))
-    twice = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
-    return twice if gradients and G * R > alive else encode, alive
+    alive = max(1, int(clip.memory_gb * 1e9 / (4 * W * floats * (P + rows.shape[1]))))  # rows
+    if gradients and len(prefix) * len(rows) > alive:
+        encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+    pieces = list(zip(*(tensor.split(alive) for tensor in (rows, *more))))
+    parts = []
+    for some in prefix.split(max(1, alive // len(rows))):
+        parts.append(torch.cat([encode(some, *piece) for piece in pieces], dim=1))
+    return torch.cat(parts)
 
 
 def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
@@ -446,24 +451,34 @@ def encode_rows(tower: torch.nn.Module, prefix, rows, mask, ends) -> Tensor:
     return tower.ln_final(x).unflatten(0, (g, -1))
 
 
-def plain(clip: Clip, prefix: Tensor, texts: list[str]) -> Tensor:
+def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
+    """Ids [C, T] of texts padded to the context length. Between SOS and each text stands an
+    ordinary token, 3, wherever the context will: `before` tokens in all."""
+    first = start_of_text(clip).shape[1]
+    more = before - first
+    *ids, empty = clip.tokenizer([*(text.replace("_", " ") for text in texts), ""])
+    long = [text for text, row in zip(texts, ids) if (row[-1 - more :] != empty[-1]).any()]
+    require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
+    ids = torch.stack(ids)
+    filler = torch.full((len(ids), more), 3)
+    ids = torch.cat([ids[:, :first], filler, ids[:, first : ids.shape[1] - more]], dim=1)
+    return ids.to(clip.device)
+
+
+def plain(clip: Clip, prefix: Tensor, ids: Tensor) -> Tensor:
     """What encode_prompts equals: every whole prompt [prefix, text, padding] through open_clip's
-    own tower, its token embeddings exchanged. prefix [G, P, W] → [G, C, D], unnormalised. It serves
-    towers that are not causal, too."""
-    P = prefix.shape[1]
-    filler = "X " * (P - start_of_text(clip).shape[1])  # tokens that the context takes the place of
-    ids = clip.tokenizer([filler + text.replace("_", " ") for text in texts]).to(prefix.device)
+    own tower, its token embeddings exchanged. prefix [G, P, W], ids = pad(clip, texts, P) →
+    [G, C, D], unnormalised. It serves towers that are not causal, too."""
+    embedding = text_tower(clip.model).token_embedding
 
-    def encode(one: Tensor, ids: Tensor) -> Tensor:
-        put = lambda module, given, x: torch.cat([one.expand(len(x), -1, -1), x[:, P:]], 1)  # noqa: E731
-        hook = text_tower(clip.model).token_embedding.register_forward_hook(put)
-        features = clip.model.encode_text(ids, normalize=False)
-        hook.remove()
-        return features
+    def encode(some: Tensor, ids: Tensor) -> Tensor:
+        start = some.repeat_interleave(len(ids), dim=0)  # [g·c, P, W]
+        put = lambda module, given, x: torch.cat([start, x[:, start.shape[1] :]], dim=1)  # noqa: E731
+        with embedding.register_forward_hook(put):
+            features = clip.model.encode_text(ids.repeat(len(some), 1), normalize=False)
+        return features.unflatten(0, (len(some), -1)).to(prefix.dtype)
 
-    encode, alive = bounded(clip, encode, prefix, ids[..., None])
-    parts = [encode(one, some) for one in prefix for some in ids.split(alive)]
-    return torch.cat(parts).unflatten(0, (len(prefix), -1)).to(prefix.dtype)
+    return in_pieces(clip, encode, prefix, ids)
 
 
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
@@ -492,8 +507,8 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
         if cache:
             write(path, safetensors.torch.save({"features": features.cpu()}))
     except OSError as error:
-        advice = "name another --cache-dir, or none"
-        raise OSError(error.errno, f"{error.strerror}: {advice}", str(path)) from error
+        told = f"{error.strerror}: name another --cache-dir, or none"
+        raise OSError(error.errno, told, str(path)) from error
     return features, labels
 
 
@@ -737,18 +752,18 @@ def inherited(typed: dict, method: str) -> dict:
     stored = config["settings"]
     fits = config["method"] == method and not stored["eval"]
     require(fits, f"{folder} is no training run of {method}.py")
-    unread, free = NOW, NOW | MOVED
-    if "eval" in typed:
-        unread, free = NOW | HOW, free | HOW | TESTED
-        other = typed.get("dataset", stored["dataset"]) != stored["dataset"]
-        unread |= {"train_domain", "test_domain", "classes"} if other else set()
-        halves = stored["classes"] == "base" and not other
-        told = f"{folder} was not trained on half of these classes: leave --classes base out"
-        require(halves or typed.get("classes") != "base", told)
+    unread, free = (
+        (NOW | HOW, NOW | HOW | MOVED | TESTED) if "eval" in typed else (NOW, NOW | MOVED)
+    )
     for key in (typed.keys() & stored.keys()) - free:
         same = typed[key] == stored[key] or not begun(folder)
         require(same, f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out")
-    return {key: value for key, value in stored.items() if key not in unread}
+    found = {key: value for key, value in stored.items() if key not in unread}
+    if typed.get("dataset", stored["dataset"]) != stored["dataset"]:  # its classes are all new
+        found |= {"train_domain": None, "test_domain": None, "classes": "all"}
+    halves = found["classes"] == "base" or typed.get("classes") != "base"
+    require(halves, f"{folder} was not trained on half of these classes: leave --classes base out")
+    return found
 
 
 def read_run(folder: str | Path) -> dict:
@@ -756,12 +771,9 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
     config = read_json(path)
-    settings = config.get("settings")
-    known = {"method", "weights", "classnames", "template", "root", "train", "tests"}
-    missing = (known - config.keys()) | (DEFAULTS.keys() - (settings or {}))
-    require(
-        not missing, f"{path} is of another program or version: it lacks {min(missing, default='')}"
-    )
+    known = {"method", "settings", "weights", "classnames", "template", "root", "train", "tests"}
+    lacks = known - config.keys() or DEFAULTS.keys() - config["settings"]
+    require(not lacks, f"{path} is of another program or version: it lacks {', '.join(lacks)}")
     return config
 
 
@@ -846,12 +858,11 @@ def claim_folder(args: argparse.Namespace) -> Path:
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
     for k in itertools.count(1):
         out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
-        if not args.resume and Path(out, "config.json").exists():
-            read_run(out)  # another program's is not ours to replace
-        fault = "" if args.resume or not begun(out) else "holds a run: --resume it"
-        fault = fault or ("" if lock(out) else "is in use by another command: wait for it")
-        if not fault:
+        # read_run: the config.json of another program is not ours to replace.
+        empty = not Path(out, "config.json").exists() or (read_run(out) and not begun(out))
+        if (empty or args.resume) and lock(out):
             return out
+        fault = "is in use: wait for it" if args.resume or empty else "holds a run: --resume it"
         require(not named, f"{out} {fault}, or name another --out-dir")
 
 
@@ -928,17 +939,15 @@ def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> 
         yield epoch, found
         training = time.time() - start - encoding
         left = args.epochs - epoch - 1
-        fresh = left if not args.views else max(0, min(left, args.views - 1))
-        seconds = left * training + (args.augment != "none") * fresh * encoding
-        if epoch == first and seconds > 120:
-            shorter = "fewer --epochs" + ", --views 10 or --augment none" * (
-                fresh * encoding > training
-            )
-            print(f"about {seconds / 60:.0f} minutes to go; less by {shorter}", file=sys.stderr)
+        views_left = 0 if args.augment == "none" else min(left, (args.views or args.epochs) - 1)
+        minutes = (left * training + views_left * encoding) / 60
+        if epoch == first and minutes > 2:
+            advice = "less with fewer --epochs, --views 10 or --augment none"
+            print(f"about {minutes:.0f} minutes to go; {advice}", file=sys.stderr)
 
 
 def end_epoch(
-    out: Path, epoch: int, epochs: int, module: torch.nn.Module, optimizer, line: dict, **note
+    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, last=False, **note
 ) -> None:
     """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
     last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
@@ -960,8 +969,7 @@ def end_epoch(
     # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **line}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    needed = optimizer if epoch + 1 < epochs else None
-    save_checkpoint(out, module, needed, epoch=epoch + 1, **note)
+    save_checkpoint(out, module, None if last else optimizer, epoch=epoch + 1, **note)
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -1001,6 +1009,7 @@ def write_result(
             of_image = outcomes(logits, frozen.labels)
             kept |= {f"{kind}_{key}": value for key, value in of_image.items()}
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
+        arrays[f"{i}/classnames"] = np.array(test.classnames)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
@@ -1009,7 +1018,8 @@ def write_result(
                 **{key: trained[key] for key in TRAINING}}  # fmt: skip
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
-              "split": task.split, "harmonic_mean": harmonic_means(tests, trained["dataset"]),
+              "split": task.split,
+              "harmonic_mean": harmonic_means(tests) if trained["dataset"] == task.name else {},
               "seconds": round(time.time() - start, 2), "versions": VERSIONS,
               "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
@@ -1022,11 +1032,11 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1).clamp(min=torch.finfo(torch.float16).tiny).half()
 
 
-def harmonic_means(tests: list[dict], trained: str) -> dict[str, float]:
-    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains,
-    of the dataset that was trained on; {} if there is neither."""
+def harmonic_means(tests: list[dict]) -> dict[str, float]:
+    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
+    {} if there is neither. Other datasets (--test-on) do not count."""
     first = tests[0]
-    own = [test for test in tests[1:] if test["dataset"] == first["dataset"] == trained]
+    own = [test for test in tests[1:] if test["dataset"] == first["dataset"]]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
     domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
     others = new or domains
@@ -1070,10 +1080,10 @@ def report(result: dict, out: Path) -> None:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
     evaluated = result["settings"]["eval"]
-    more = "" if evaluated else "another --seed, "
     print(
-        f"written to {out}",
-        f"try next: {more}python tools/page.py {out}, "
-        f"or python tools/use.py predict {evaluated or out} IMAGE",
+        f"written to {out}; try next:",
+        f"    python tools/page.py {out}",
+        f"    python tools/use.py predict {evaluated or out} IMAGE",
+        *([] if evaluated else ["    another --seed"]),
         sep="\n",
     )

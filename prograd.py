@@ -303,8 +303,10 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
-        note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+        common.end_epoch(
+            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs,
+            classnames=task.classnames, template=task.template,
+        )  # fmt: skip
     return learner
 
 

@@ -492,7 +492,7 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
         earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
         if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
             common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
-    common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+    common.end_epoch(out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs, **note)
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------

@@ -390,7 +390,7 @@ def train(
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
         common.end_epoch(
-            out, epoch, args.epochs, learner, optimizer, line,
+            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs,
             classnames=task.classnames, template=task.template,
         )  # fmt: skip
     return learner

@@ -1,5 +1,6 @@
-"""Time the papers' way against ours, in one run: plain open_clip with every class padded to the
-context length, and common.encode_prompts. Equal losses and gradients are checked, kernels counted.
+"""Time the papers' way against ours, in one run: common.plain, open_clip with every class padded to
+the context length, and common.encode_prompts. Equal losses and gradients are checked, and kernels
+counted.
 
     python benchmark/speed.py                   # a CPU, ViT-B/16 with random weights: some minutes
     python benchmark/speed.py --quick           # small sizes, to see that it runs
@@ -12,6 +13,8 @@ import argparse
 import dataclasses
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -62,37 +65,12 @@ def make_clip(args: argparse.Namespace) -> common.Clip:
     return common.in_precision(clip, args.precision, tuned=True)
 
 
-class PlainPrompts(torch.nn.Module):
-    """The papers' way: [SOS, context, name, padding] of every class through open_clip's tower."""
-
-    def __init__(self, clip: common.Clip, classnames: list[str], n_ctx: int):
-        super().__init__()
-        self.model = clip.model
-        self.clip = clip
-        filler = " ".join(["X"] * n_ctx)
-        self.tokens = clip.tokenizer([f"{filler} {name}." for name in classnames]).to(clip.device)
-        x = self.model.token_embedding(self.tokens)
-        self.start, self.rest = x[:, :1], x[:, 1 + n_ctx :]
-
-    def forward(self, contexts: torch.Tensor) -> torch.Tensor:
-        """contexts [G, M, W] → text features [G, C, D]."""
-        G, C = len(contexts), len(self.tokens)
-        shape = (G, C, -1, -1)
-        middle = contexts[:, None].expand(shape)
-        x = torch.cat([self.start.expand(shape), middle, self.rest.expand(shape)], dim=2)
-        x = x.flatten(0, 1) + self.model.positional_embedding
-        with common.autocast(self.clip, gradients=True):
-            x = self.model.transformer(x, attn_mask=self.model.attn_mask)
-            ends = torch.arange(G * C, device=x.device), self.tokens.argmax(dim=-1).repeat(G)
-            features = self.model.ln_final(x)[ends] @ self.model.text_projection
-        return features.to(contexts.dtype).unflatten(0, (G, C))
-
-
-def papers_way(step, plain: PlainPrompts):
-    """The step, but that its prompts are encoded by `plain`."""
+def papers_way(step, clip: common.Clip, names: list[str], n_ctx: int):
+    """The step, but that its prompts are encoded whole and padded, by open_clip's own tower."""
+    ids = common.pad(clip, [f"{name}." for name in names], 1 + n_ctx)
 
     def padded():
-        encode = lambda clip, prefix, names: plain(prefix[:, 1:])  # noqa: E731
+        encode = lambda clip, prefix, packed: common.plain(clip, prefix, ids)  # noqa: E731
         with mock.patch.object(common, "encode_prompts", encode):
             return step()
 
@@ -117,14 +95,13 @@ def prograd_steps(clip: common.Clip, names: list[str], args, kind: str = "step")
     many images by a trained prompt, which the released code encodes for every 100 of them."""
     C, M, B = len(names), 16, 32
     torch.manual_seed(1)
-    D = clip.model.visual.output_dim
+    D = clip.embed_dim
     x = F.normalize(torch.randn(B, D, device=clip.device), dim=-1)
     labels = torch.randint(0, C, (B,), device=clip.device)
     teacher = F.normalize(torch.randn(C, D, device=clip.device), dim=-1)
     learner = prograd.PromptLearner(clip, 0.02 * torch.randn(M, clip.width, device=clip.device))
     settings = argparse.Namespace(temperature=1.0, rule="project", lam=1.0)
-    packed, plain = learner.names(names), PlainPrompts(clip, names, M)
-
+    packed = learner.names(names)
     images = random_images(clip, B) if kind == "fresh" else None
 
     def step(encodings):
@@ -139,27 +116,27 @@ def prograd_steps(clip: common.Clip, names: list[str], args, kind: str = "step")
         return [torch.cat(parts)]
 
     work, sizes = (evaluate, (100, 10_000)) if kind == "evaluation" else (step, (2, 1))
-    theirs = papers_way(lambda: work(sizes[0]), plain)
+    theirs = papers_way(lambda: work(sizes[0]), clip, names, M)
     return {"plain": theirs, "ours": lambda: work(sizes[1])}
 
 
 def vpt_steps(clip: common.Clip, names: list[str], args, kind: str = "global") -> dict:
     """One VPT step of one image, L = 10, M = 4: forward and backward."""
     torch.manual_seed(1)
-    L, D = 10, clip.model.visual.output_dim
+    L, D = 10, clip.embed_dim
     x = F.normalize(torch.randn(1, D, device=clip.device), dim=-1)
     labels = torch.zeros(1, dtype=torch.long, device=clip.device)
     context = 0.02 * torch.randn(4, clip.width, device=clip.device)
     learner = vpt.PromptDistribution(clip, context, kind)
     eps = torch.randn(L, 1, clip.width, device=clip.device)
     settings = argparse.Namespace(samples=L, bound="log-mean", kl_weight=0.001)
-    packed, plain = common.name_tokens(clip, names, 4), PlainPrompts(clip, names, 4)
+    packed = common.name_tokens(clip, names, 4)
 
     def ours():
         numbers = vpt.step(learner, packed, eps, x, labels, settings)
         return numbers[:2], learner.context.grad
 
-    return {"plain": papers_way(ours, plain), "ours": ours}
+    return {"plain": papers_way(ours, clip, names, 4), "ours": ours}
 
 
 def proreg_steps(clip: common.Clip, names: list[str], args) -> dict:
@@ -233,6 +210,18 @@ def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
     return row
 
 
+def processor() -> str:
+    """This machine's processor, and whether it multiplies bf16 matrices in hardware (AMX)."""
+    about = Path("/proc/cpuinfo")  # of Linux
+    text = about.read_text(encoding="utf-8") if about.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    kinds = [word for word in ("amx_bf16", "avx512_bf16") if word in text]
+    name = name.group(1) if name else platform.processor()
+    return (
+        f"{name}, {os.cpu_count()} cores, {' and '.join(kinds) or 'neither AMX nor AVX-512 bf16'}"
+    )
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -260,7 +249,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     cases += [("ProReg", proreg_steps, imagenet[: few[0]], {})]
     print(f"{'':44} {'plain s':>9} {'ours s':>9} {'ratio':>7} kernels")
     asked = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
-    device = subprocess.getoutput(asked) if gpu else f"{os.cpu_count()} cores"
+    device = subprocess.getoutput(asked) if gpu else processor()
+    print(device)
     about = {"device": device, "torch": torch.__version__, "precision": args.precision, "rows": []}
     for title, make, names, more in cases:
         if args.only in title:

@@ -43,7 +43,7 @@ def train(module, args, clip, task, batches: list[tuple], start=None, rates=None
     if rates is not None and len(rates) > 2:  # lr / 2 · (1 + cos(π / E)) tells E; all are compared
         args.epochs = round(math.pi / math.acos(2 * rates[2].item() / rates[1].item() - 1))
 
-    def end_epoch(out, epoch, epochs, learner, optimizer, line, **note):
+    def end_epoch(out, epoch, learner, optimizer, line, **note):
         for name, p in learner.named_parameters():
             momentum = optimizer.state[p]["momentum_buffer"]
             line[name] = p.detach().clone(), p.grad.clone(), momentum.clone()

@@ -1,18 +1,22 @@
 """Loading CLIPs: every kind of weights file, the activation, and what is refused."""
 
+import argparse
 import copy
 import dataclasses
+import errno
 import json
+import os
 import pickle
 import warnings
 import zipfile
 from pathlib import Path
 
+import make_data
 import open_clip
 import pytest
 import safetensors.torch
 import torch
-from conftest import CONFIG, TEXT, VISION, tiny_model
+from conftest import CONFIG, VISION, tiny_model
 
 import common
 import prograd
@@ -87,7 +91,10 @@ def test_weights_have_one_fingerprint_in_every_file(model, tmp_path):
 def test_activation_follows_the_name_and_the_tag(model, tmp_path, monkeypatch):
     WRITERS["x.pt"](model, tmp_path / "x.pt")
     tiny_model("tinyload-quickgelu", config=CONFIG | {"quick_gelu": True})
-    assert has_quick_gelu(common.load_clip("tinyload-quickgelu", str(tmp_path / "x.pt")).model)
+    quick = common.load_clip("tinyload-quickgelu", str(tmp_path / "x.pt"))
+    assert has_quick_gelu(quick.model) and not quick.notes
+    plain = common.load_clip("tinyload", str(tmp_path / "x.pt"))
+    assert "need --model tinyload-quickgelu" in plain.notes[0]
     made = []
 
     def create(name, pretrained, force_quick_gelu, require_pretrained):
@@ -124,8 +131,11 @@ def test_forged_files_run_nothing(tmp_path):
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Bomb()))
     tiny_model("tinyforged")
     for file in ("evil.pt", "forged.pt", "evil.pkl"):
-        with pytest.raises(UserError, match="cannot load tinyforged"):
+        with pytest.raises(
+            UserError, match="cannot load tinyforged.*not tensors alone: save the state_dict"
+        ) as caught:
             common.load_clip("tinyforged", str(tmp_path / file))
+        assert len(str(caught.value)) <= 200 and "weights_only" not in str(caught.value)
         assert not Path("ran").exists()
 
 
@@ -174,15 +184,6 @@ def test_hub_names_go_to_open_clip(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot load hf-hub:org/name"):
         common.load_clip("hf-hub:org/name")
     assert asked == ["hf-hub:org/name"]
-
-
-def test_towers_that_are_not_clips(tmp_path):
-    """SigLIP's kind: bidirectional, read at the last position."""
-    text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
-    model = tiny_model("tinysig", config=CONFIG | {"text_cfg": text, "custom_text": True})
-    torch.save(model.state_dict(), tmp_path / "x.pt")
-    with pytest.raises(UserError, match="tinysig has no text tower like CLIP's: causal"):
-        common.load_clip("tinysig", str(tmp_path / "x.pt"))
 
 
 def test_resnets_are_channels_last_and_toyclip_is_not(tmp_path, toyclip):
@@ -250,3 +251,65 @@ def test_frozen_weights_in_half_precision(any_clip, precision):
 def test_precision_leaves_the_fingerprint(toyclip):
     held = common.load_clip(precision="bf16")
     assert held.weights == toyclip.weights and held.scale == toyclip.scale and not held.start
+
+
+def test_loading_leaves_the_threads():
+    torch.set_num_threads(2)
+    common.load_clip()
+    assert torch.get_num_threads() == 2
+
+
+def encode(clip, cache_dir):
+    args = argparse.Namespace(cache_dir=str(cache_dir), seed=1, workers=0, device="cpu")
+    items = [(str(path), 0) for path in Path("images").iterdir()]
+    return common.encode_images(clip, items, clip.preprocess, args)[0]
+
+
+@pytest.fixture
+def cached(toyclip, tmp_path):
+    """One image, encoded and cached → the cache file, its features."""
+    (tmp_path / "images").mkdir()
+    make_data.image(tmp_path / "images" / "1.bmp")
+    features = encode(toyclip, "cache")
+    return next(Path("cache").iterdir()), features
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "not features"])
+def test_damaged_cache_files(toyclip, cached, damage, capsys):
+    path, features = cached
+    good = path.read_bytes()
+    other = safetensors.torch.save({"other": torch.zeros(1)})
+    path.write_bytes({"cut": good[:-8], "empty": b"", "not features": other}[damage])
+    assert torch.equal(encode(toyclip, "cache"), features) and path.read_bytes() == good
+    assert f"note: {path} is damaged" in capsys.readouterr().out
+    assert torch.equal(encode(toyclip, "cache"), features) and capsys.readouterr().out == ""
+
+
+def test_cache_key_follows_the_code(toyclip, monkeypatch):
+    """A comment changes nothing; a change of the code that encodes or reads does."""
+    source = common.inspect.getsource
+    keys = []
+    for part, old, new in (
+        (None, "", ""),
+        (common.data.read_image, "image.load()  #", "image.load()  # a comment:"),
+        (common.data.read_image, "image.load()", "image.verify()"),
+        (common.encode_images, ".float()", ".double()"),
+    ):
+
+        def changed(thing, part=part, old=old, new=new):
+            return source(thing).replace(old, new) if thing is part else source(thing)
+
+        monkeypatch.setattr(common.inspect, "getsource", changed)
+        keys.append(common.feature_key(toyclip, [], toyclip.preprocess, 1, 0))
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "No space"), (errno.EROFS, "Read-")])
+def test_cache_that_cannot_be_written(toyclip, cached, monkeypatch, number, reason):
+    def fail(path, content):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(common, "write", fail)
+    with pytest.raises(OSError, match=f"{reason}.*name another --cache-dir, or none") as caught:
+        encode(toyclip, "other")
+    assert common.data.explain(caught.value)[0] == (1 if number == errno.ENOSPC else 2)

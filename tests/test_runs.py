@@ -62,7 +62,7 @@ def test_a_run(name, capsys):
     lines = capsys.readouterr().out.splitlines()
     table = next(i for i, line in enumerate(lines) if line.startswith(" "))
     assert table <= 5 and all(len(line) <= 100 for line in lines[:table])
-    assert lines[-2] == "written to here" and lines[-1].startswith("try next: ")
+    assert lines[-4:-2] == ["written to here; try next:", "    python tools/page.py here"]
     files = {path.name for path in Path("here").iterdir()}
     wanted = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "predictions.npz"}
     assert files == wanted | {"result.json", "baseline"}
@@ -429,7 +429,7 @@ def test_folders_are_claimed():
     assert (name, other, mine) == ("runs/m-a-4shot-seed1", "runs/m-a-4shot-seed1-2", "mine")
     args = argparse.Namespace(resume=None, out_dir="mine")
     vars(args).update(method="m", dataset="a", shots=4, seed=1)
-    with pytest.raises(UserError, match="mine is in use by another command"):
+    with pytest.raises(UserError, match="mine is in use: wait for it"):
         common.claim_folder(args)
     for process in (first, second, third):
         process.kill()

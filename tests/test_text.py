@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import inspect
 import math
+import re
+import types
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -11,28 +15,23 @@ from conftest import CONFIG, TEXT, tiny_model
 
 import common
 import prograd
+import proreg
+import vpt
 from data import UserError
 
 SHORT, LONG = "a", " ".join(["word"] * 52)
 NAMES = ["cat", "a very long name of a dog", SHORT, LONG, "cat_fish", "x y z", "cat"]
 
 
-def by_open_clip(clip, names, context=None, template="a photo of a {}."):
-    """Text features [C, D] of whole prompts, each padded to the context length. `context` [M, W] or
-    [C, M, W] takes the place of the tokens after SOS."""
-    model = clip.model
-    tokens = clip.tokenizer([template.replace("{}", n.replace("_", " ")) for n in names])
-    x = model.token_embedding(tokens)
-    if context is not None:
-        M = context.shape[-2]
-        filler = " ".join(["X"] * M)
-        tokens = clip.tokenizer([f"{filler} {n.replace('_', ' ')}." for n in names])
-        x = model.token_embedding(tokens)
-        context = context.expand(len(names), -1, -1)
-        x = torch.cat([x[:, :1], context, x[:, 1 + M :]], dim=1)
-    x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
-    x = model.ln_final(x)[torch.arange(len(names)), tokens.argmax(dim=-1)]
-    return x @ model.text_projection
+def by_open_clip(clip, names, context):
+    """Text features [C, D] by open_clip's own tower, each prompt padded. context [M, W], or
+    [C, M, W], one for each class."""
+    if context.dim() == 3:
+        each = zip(names, context, strict=True)
+        return torch.cat([by_open_clip(clip, [name], one) for name, one in each])
+    prefix = torch.cat([common.start_of_text(clip), context[None]], dim=1)
+    ids = common.pad(clip, [f"{name}." for name in names], prefix.shape[1])
+    return common.plain(clip, prefix, ids)[0]
 
 
 def equal(ours, theirs):
@@ -102,7 +101,7 @@ def test_rows_are_near_their_length(clip64):
     names = common.name_tokens(clip64, open_clip.IMAGENET_CLASSNAMES[:200], 16)
     R, S, _ = names.rows.shape
     assert S + 17 <= 2 * common.ROW_LENGTH and R * S < 1.3 * 200 * 6
-    assert names.slot.unique().numel() == 200
+    assert names.which.unique().numel() == 200
 
 
 def test_the_length_of_a_prompt_is_counted(clip64):
@@ -130,17 +129,118 @@ def test_custom_text_tower_and_layer_scale():
     equal(common.prompt_features(clip, NAMES, "a {}"), model.encode_text(tokens))
 
 
-def test_towers_that_are_not_clips(clip64):
-    """Not causal, or not read at EOT: the numerical self-check says so in one line."""
+@pytest.mark.parametrize("change", ["not causal", "read at the start"])
+def test_towers_that_are_not_clips(clip64, change):
+    """The numerical self-check sees it, and the plain encoder takes over."""
+    assert common.check_text_tower(clip64) is clip64
     clip = dataclasses.replace(clip64, model=copy.deepcopy(clip64.model))
-    common.check_text_tower(clip)
-    clip.model.attn_mask.fill_(0)
-    with pytest.raises(UserError, match="no text tower like CLIP's: causal, and read at the text"):
-        common.check_text_tower(clip)
-    clip = dataclasses.replace(clip64, model=copy.deepcopy(clip64.model))
-    clip.model.text_pool_type = "first"
-    with pytest.raises(UserError, match="no text tower like CLIP's"):
-        common.check_text_tower(clip)
+    if change == "not causal":
+        clip.model.attn_mask.fill_(0)
+    else:
+        clip.model.text_pool_type = "first"
+    clip = common.check_text_tower(clip)
+    assert not clip.fast and "encoded whole" in clip.notes[0]
+    tokens = clip.tokenizer([f"a {name.replace('_', ' ')}" for name in NAMES])
+    equal(common.prompt_features(clip, NAMES, "a {}"), clip.model.encode_text(tokens))
+
+
+class OtherTokenizer:
+    """Of open_clip's class for Hugging Face's tokenizers: one that pads with 1 and, as SigLIP's,
+    begins with no token, or with BERT's."""
+
+    def __init__(self, start: int | None):
+        encode = lambda text, add_special_tokens: [9 + len(word) for word in text.split()]  # noqa: E731
+        self.tokenizer = types.SimpleNamespace(cls_token_id=start, encode=encode)
+
+    def __call__(self, texts):
+        start = [] if self.tokenizer.cls_token_id is None else [self.tokenizer.cls_token_id]
+        ids = [start + self.tokenizer.encode(text, False) for text in texts]
+        return torch.tensor([(row + [1] * 77)[:77] for row in ids])
+
+
+LAST = {"no_causal_mask": True, "pool_type": "last"}
+KINDS = {  # text_cfg and tokenizer of MobileCLIP's, SigLIP's and CLIPA's kinds
+    "mobileclip": ({"no_causal_mask": True}, None),
+    "siglip": (LAST | {"proj_bias": True}, OtherTokenizer(None)),
+    "clipa": (LAST, OtherTokenizer(101)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_clips_in_all_scripts(kind, tmp_path, monkeypatch, capsys):
+    text, tokenizer = KINDS[kind]
+    config = CONFIG | {"text_cfg": TEXT | text, "custom_text": True}
+    config |= {"init_logit_bias": -10} if kind == "siglip" else {}
+    model = tiny_model(f"tiny{kind}", config=config)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    if tokenizer:
+        monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: tokenizer)
+    clip = common.load_clip(f"tiny{kind}", str(tmp_path / "x.pt"), precision="bf16")
+    with torch.no_grad():
+        theirs = model.encode_text(clip.tokenizer(["a cat", "a cat fish"]))
+        ours = common.prompt_features(
+            dataclasses.replace(clip, precision="fp32"), NAMES[:5:4], "a {}"
+        )
+    assert torch.allclose(ours, theirs, atol=1e-5)  # its weights are fp32 in a bf16 run, too
+    context = torch.randn(2, clip.width, requires_grad=True)
+    features = {}
+    for memory_gb in (4.0, 1e-9):
+        few = dataclasses.replace(clip, memory_gb=memory_gb, precision="fp32")
+        learner = prograd.PromptLearner(few, context)
+        found = learner(learner.names(NAMES[:3]))
+        (grad,) = torch.autograd.grad(found.square().sum(), learner.context)
+        features[memory_gb] = [found, grad]
+    for one, many in zip(*features.values()):
+        assert torch.allclose(one, many, rtol=1e-4, atol=1e-6) and one.abs().sum() > 0
+    with pytest.raises(UserError, match="too many tokens"):
+        common.name_tokens(clip, ["cat", "x " * 80], 2)
+    flags = ["--model", f"tiny{kind}", "--pretrained", "x.pt", "--epochs", "1", "--max-steps", "2"]
+    for script in (prograd, vpt, proreg):
+        flags += ["--batch-size", "8", "--no-compare", "--cache-dir", "none", "--workers", "0"]
+        result = script.main([*flags, "--out-dir", script.__name__])
+        assert any("encoded whole" in note for note in result["notes"])
+    assert capsys.readouterr().out.count("note: this CLIP's text tower") == 3
+    with pytest.raises(UserError, match="no --csc"):
+        prograd.main([*flags, "--csc", "--out-dir", "csc"])
+
+
+def test_prefix_of_another_length(clip64):
+    prefix = torch.zeros(1, 4, clip64.width, dtype=torch.float64)
+    with pytest.raises(UserError, match="a prefix of 4 tokens: .* packed for one of 3"):
+        common.encode_prompts(clip64, prefix, common.name_tokens(clip64, NAMES, 2))
+
+
+def test_section_2_pastes():
+    """Exactly section 2 and what its head names, with plain open_clip and benchmark/README's loop:
+    features and gradient equal the padded way's."""
+    root = Path(common.__file__).parent
+    text = (root / "common.py").read_text(encoding="utf-8")
+    section = text[text.index("# 2. TEXT") : text.index("# 3. IMAGES")]
+    wanted = re.search(r"# To paste .* the imports and (.*\n.*)\. bench", section).group(1)
+    pasted = [line for line in text.splitlines() if re.match(r"(import|from) (?!data\b)", line)]
+    for name in re.findall(r"\w+", wanted):
+        if hasattr(common, name) and name.isupper():
+            pasted += re.findall(rf"^{name} = .*", text, re.M)
+        elif hasattr(common, name):
+            pasted.append(inspect.getsource(getattr(common, name)))
+    readme = (root / "benchmark" / "README.md").read_text(encoding="utf-8")
+    loop = re.search(r"own code\n.*?```python\n(.*?)```", readme, re.S).group(1)
+    model = tiny_model("tinypaste")
+    names, images = ["cat", "a long dog", "fish"], torch.randn(4, 3, 32, 32)
+    here = types.ModuleType("pasted")
+    vars(here).update(name="tinypaste", model=model, classnames=names, device="cpu")
+    here.loader = [(images, torch.tensor([0, 1, 2, 1]))]
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "pasted", here)  # dataclasses look there
+        exec("\n".join(pasted) + section + loop.replace("optimizer.step()", "pass"), vars(here))
+    clip = common.Clip(model, None, open_clip.get_tokenizer("tinypaste"))
+    context = here.context.detach().clone().requires_grad_()
+    features = torch.nn.functional.normalize(by_open_clip(clip, names, context), dim=-1)
+    logits = model.logit_scale.exp() * here.x @ features.T
+    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, here.labels), context)
+    assert (here.text - features).norm() < 1e-5 * features.norm()
+    assert (here.context.grad - grad).norm() < 1e-5 * grad.norm() > 0
 
 
 def test_zero_shot_classifier(clip64):

@@ -1,0 +1,146 @@
+"""tools/page.py: its numbers are those of result.json and predictions.npz; nothing breaks out."""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+import prograd
+import proreg
+import vpt
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import page  # noqa: E402
+
+FAST = "--test-part val --workers 0 --cache-dir none --out-dir".split()
+SHORT = ["--epochs", "2", "--max-steps", "2", "--shots", "2", *FAST]
+KINDS = {
+    "prograd": (prograd, ["--eval-every", "1"], ["cosine of g_d and g_g", "validation accuracy"]),
+    "vpt": (vpt, ["--samples", "2", "--batch-size", "8"], ["σ of q", "entropy, nats"]),
+    "proreg": (proreg, ["--augment", "none", "--ensemble", "0.5"], ["weight w, mean"]),
+    "eval": (vpt, [], ["σ of q", "entropy, nats"]),
+}
+NAMES = ["<b>bold", "\"a\" 'b'</td>", "日本語", "x" * 200, "$x_1$ $\\frac", "&lt;", "\u202eabc"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A short run of each script, and an evaluation of VPT's on a second dataset."""
+    root = tmp_path_factory.mktemp("runs")
+    for name in ("prograd", "vpt", "proreg"):
+        KINDS[name][0].main([*KINDS[name][1], *SHORT, str(root / name)])
+    flags = ["--test-on", "toy_colorfills_dark", *FAST, str(root / "eval")]
+    vpt.main(["--eval", str(root / "vpt"), *flags])
+    return root
+
+
+def read(folder: Path) -> tuple[str, list[list[list[str]]]]:
+    """A run's page, and the cells of its tables. Like XML it is well-formed: nothing breaks out."""
+    page.main([str(folder)])
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    tables = []
+    for rows in ET.fromstring(text).iter("table"):
+        tables.append([["".join(cell.itertext()) for cell in row] for row in rows])
+    links = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert links and all(link.startswith(("data:image/jpeg;base64,", "#")) for link in links)
+    assert "<script" not in text and "@import" not in text and "url(http" not in text
+    return text, tables
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_sections_and_numbers(name, runs):
+    """Tables: of the run, its origin; of each test set its classes, pairs; errors in common."""
+    folder = runs / name
+    result = json.loads((folder / "result.json").read_text())
+    text, tables = read(folder)
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
+    assert titles == ["Classes", "Images", "Sureness", "Training", "Errors in common"]
+    assert all(word in text for word in [*KINDS[name][2], result["clip"], result["split"]])
+    means = [f"{h:.1f}" for h in result["harmonic_mean"].values()]
+    assert not means or tables[0][-1][1:] == means
+    own, plain = np.load(folder / "predictions.npz"), folder / "baseline" / "predictions.npz"
+    tests = data.load_task(argparse.Namespace(**result["settings"])).tests
+    for i, test in enumerate(result["tests"]):
+        for (kind, title), row in zip(page.MEASURES.items(), tables[0][2 + 5 * i :]):
+            found = common.measures(test).values()
+            assert row == [title, *(f"{x[kind]:.{3 if kind == 'nll' else 1}f}" for x in found)]
+        labels = own[f"{i}/labels"]
+        guesses = [own[f"{i}/zero_shot_predicted"], own[f"{i}/tuned_predicted"]]
+        guesses[1:1] = [np.load(plain)[f"{i}/tuned_predicted"]] if plain.exists() else []
+        wrong = np.stack(guesses) != labels  # [columns, N]
+        names = tests[i].classnames
+        _, *rows = tables[2 + 2 * i]
+        changes = [float(row[-2]) for row in rows]
+        assert changes == sorted(changes, reverse=True) and {row[0] for row in rows} == set(names)
+        for cls, count, *cells in rows:
+            right = 100 * (~wrong[:, labels == names.index(cls)]).mean(axis=1)
+            assert cells[:-2] == [f"{share:.1f}" for share in right]
+            assert abs(float(cells[-2]) - (right[-1] - right[0])) < 0.06
+            assert int(count) == (labels == names.index(cls)).sum()
+        for true, taken, *cells in tables[3 + 2 * i][1:]:
+            mixed = (labels == names.index(true)) & (np.stack(guesses) == names.index(taken))
+            assert cells == [str(k) for k in mixed.sum(axis=1)]
+        for one, (_, count, *cells) in zip(wrong, tables[2 + 2 * len(result["tests"]) + i][1:]):
+            both = (one & wrong).sum(axis=1).tolist()
+            assert [int(cell.split()[0]) for cell in cells[:-1]] == both and int(count) == one.sum()
+        share, sure, hits = page.reliability(own[f"{i}/tuned_confidence"], ~wrong[-1])
+        assert abs((share * abs(sure - hits)).sum() / 100 - test["tuned"]["ece"]) < 1e-3
+
+
+def test_hostile_names(tmp_path):
+    """Folders, files and classes that are called anything; then the images are gone."""
+    root = tmp_path / "<i>&'\" $x$ 写真"
+    for k, part in [(k, part) for k in range(len(NAMES)) for part in ("train", "test")]:
+        (root / part / str(k)).mkdir(parents=True)
+        Image.new("RGB", (30, 20), (k, 9, len(part))).save(root / part / str(k) / "<b>'\".png")
+    lines = [f"{k}\t{name}\n" for k, name in enumerate(NAMES)]
+    (root / "classnames.txt").write_text("".join(lines), encoding="utf-8")
+    flags = f"--model toyclip --out-dir {tmp_path}/run --dataset".split()
+    flags.append(f"folder:{root}")
+    args = common.settle(prograd.build_parser(), flags, "prograd", prograd.defaults)
+    task, clip, eye = data.load_task(args), common.load_clip(), torch.eye(len(NAMES))
+    out = common.open_run(args, task, clip, "")  # toyclip knows none of these words: no training
+    encoded = [common.EncodedTest(task.tests[0], eye, torch.arange(len(NAMES)), eye)]
+    found = [{"tuned": eye.roll(1, 0)}]
+    common.write_result(out, "ProGrad", args, clip, task, encoded, found, 0.0)
+    for shown in (2 * len(NAMES), 0):  # all are broken, and mistakes
+        text, tables = read(out)
+        assert {row[0] for row in tables[2][1:]} == {name.replace("_", " ") for name in NAMES}
+        assert text.count("<figure><img") == shown and ("without images" in text) == (not shown)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_mistakes(tmp_path, runs, monkeypatch, capsys):
+    damaged = shutil.copytree(runs / "vpt", tmp_path / "damaged")
+    (damaged / "predictions.npz").write_text("hello")
+    cases = {tmp_path: "is no run folder", damaged: "is damaged", runs / "vpt": "need matplotlib"}
+    for folder, text in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            data.run(lambda folder=folder: page.main([str(folder)]))
+        assert stopped.value.code == 2 and text in capsys.readouterr().err
+        if folder == damaged:
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def test_in_a_browser(runs, tmp_path):
+    browser = shutil.which("chromium")
+    if not browser:
+        pytest.skip("there is no chromium: the page was not rendered")
+    page.main([str(runs / "prograd"), "page.html"])
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--user-data-dir=home"]
+    shot = ["--screenshot=page.png", "--window-size=400,6000", Path("page.html").resolve().as_uri()]
+    subprocess.run([browser, *flags, *shot], check=True, capture_output=True, timeout=120)
+    drawn = np.asarray(Image.open("page.png").convert("L")).std(axis=1) > 1  # by row of pixels
+    assert drawn[:1000].mean() > 0.3 and drawn[3000:5000].mean() > 0.3
