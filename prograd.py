@@ -56,8 +56,7 @@ PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/
     (../Dassl.ProGrad.pytorch/dassl/engine/trainer.py:335-345). There is one tensor, the context,
     also with --csc. The code's contexts for each class start at random
     (trainers/prograd.py:97-104); that they start at the template, all alike, is ours.
- 7. Precision: the code's context, gradients and projection are fp16 (train.py:98). Here they are
-    fp32.
+ 7. Precision: fp16 in the code (train.py:98) for context, gradients and projection; fp32 here.
  8. The paper's ProGrad++ has no released code. Here --teacher ensemble averages the unit text
     features of OpenAI's 80 templates for ImageNet (toyclip: of its captions' templates).
 
@@ -91,7 +90,7 @@ def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
     Without a conflict, or where g_g is 0, the result is g_d. In a conflict λ = 1 makes it
     orthogonal to g_g. However small g_g is, its direction counts. So it does in the first step from
     a context that equals the teacher's prompt: there p = p_zs, so that g_g should be 0 and is
-    rounding noise of some 1e-8. The first epoch's rate of 1e-5 keeps that step small.
+    rounding noise below 1e-8. The first epoch's rate of 1e-5 keeps that step small.
 
     WHY several workers must not project their own gradients and average the results: the projection
     is not linear, and a mean of projected gradients can conflict with the mean g_g. Average g_d and
@@ -241,9 +240,7 @@ FLAGS = {
 
 
 def build_parser() -> data.Parser:
-    return common.new_parser(
-        __doc__, "ProGrad (Eq. 1 to 6: see the head of prograd.py)", FLAGS, defaults
-    )
+    return common.new_parser(__doc__, "ProGrad (Eq. n: see the file's head)", FLAGS, defaults)
 
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
@@ -303,10 +300,10 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
+        note = {"classnames": task.classnames, "template": task.template}
         common.end_epoch(
-            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs,
-            classnames=task.classnames, template=task.template,
-        )  # fmt: skip
+            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs, **note
+        )
     return learner
 
 

@@ -306,9 +306,7 @@ FLAGS = {
 
 
 def build_parser() -> data.Parser:
-    return common.new_parser(
-        __doc__, "ProReg (Eq. 1 to 9: see the head of proreg.py)", FLAGS, defaults
-    )
+    return common.new_parser(__doc__, "ProReg (Eq. n: see the file's head)", FLAGS, defaults)
 
 
 PATIENCE = datetime.timedelta(minutes=5)  # until all processes have met

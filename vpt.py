@@ -331,7 +331,7 @@ FLAGS = {
 
 
 def build_parser() -> data.Parser:
-    return common.new_parser(__doc__, "VPT (Eq. 1 to 8: see the head of vpt.py)", FLAGS, defaults)
+    return common.new_parser(__doc__, "VPT (Eq. n: see the file's head)", FLAGS, defaults)
 
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
