@@ -27,7 +27,7 @@ sys.path += [str(REPO / "tools"), str(REPO / "benchmark")]
 import table  # noqa: E402
 import use  # noqa: E402
 
-QUICK = ["--shots", "1", "--epochs", "6"]
+QUICK = ["--shots", "1", "--epochs", "6", "--test-part", "val", "--workers", "0"]
 RECORDED = {prograd: "prograd_dtd16.npz", vpt: "vpt_coop_L3_b1.npz", proreg: "proreg.npz"}
 
 
@@ -48,15 +48,11 @@ def change(text: str, diff: str) -> str:
     return text
 
 
-@pytest.fixture(autouse=True)
-def importable(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-
-
-def test_own_method(tmp_path, capsys):
-    source = Path(prograd.__file__).read_text(encoding="utf-8")
+def test_own_method(tmp_path, monkeypatch, capsys):
     path = tmp_path / "dropout.py"
-    path.write_text(change(source, code("Add a method of your own", "diff")), encoding="utf-8")
+    changed = change(inspect.getsource(prograd), code("Add a method of your own", "diff"))
+    path.write_text(changed, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     dropout = importlib.import_module("dropout")
     assert doctest.testmod(dropout).failed == 0
     env = os.environ | {"PYTHONPATH": str(REPO)}
@@ -82,7 +78,6 @@ def test_own_method(tmp_path, capsys):
         assert Path("killed", file).read_bytes() == Path("whole", file).read_bytes()
 
     data.read_image("toy:toy_fillshapes_sketch/test/0").save("a.png")
-    capsys.readouterr()
     table.main(["whole"])
     use.main(["predict", "killed", "a.png", "--script", str(path)])
     text = capsys.readouterr().out
@@ -90,11 +85,12 @@ def test_own_method(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("module", RECORDED, ids=lambda module: module.__name__)
-def test_written_anew(module, tmp_path):
+def test_written_anew(module, tmp_path, monkeypatch):
     """Of each body that is empty an example, an equation and a recording tell, and name it."""
     path = shutil.copy(module.__file__, tmp_path / f"emptied_{module.__name__}.py")
     script = code("Learn it by writing it", "bash").split("END'\n")[1].split("\nEND")[0]
     subprocess.run([sys.executable, "-", path], input=script, text=True, check=True)
+    monkeypatch.syspath_prepend(tmp_path)
     emptied = importlib.import_module(path.stem)
     pasted = test_equations.PASTED[module]
     equations = getattr(test_equations, f"test_{module.__name__}_equations")
