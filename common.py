@@ -1018,7 +1018,8 @@ def write_result(
                 **{key: trained[key] for key in TRAINING}}  # fmt: skip
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
-              "split": task.split, "harmonic_mean": harmonic_means(tests, trained["dataset"]),
+              "split": task.split,
+              "harmonic_mean": harmonic_means(tests) if trained["dataset"] == task.name else {},
               "seconds": round(time.time() - start, 2), "versions": VERSIONS,
               "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
@@ -1031,11 +1032,11 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1).clamp(min=torch.finfo(torch.float16).tiny).half()
 
 
-def harmonic_means(tests: list[dict], trained: str) -> dict[str, float]:
-    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains,
-    of the dataset that was trained on; {} if there is neither."""
+def harmonic_means(tests: list[dict]) -> dict[str, float]:
+    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
+    {} if there is neither. Other datasets (--test-on) do not count."""
     first = tests[0]
-    own = [test for test in tests[1:] if test["dataset"] == first["dataset"] == trained]
+    own = [test for test in tests[1:] if test["dataset"] == first["dataset"]]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
     domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
     others = new or domains
