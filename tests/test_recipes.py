@@ -62,7 +62,8 @@ def test_own_method(tmp_path, monkeypatch, capsys):
         dropout.main(["--dropout", "1"])
     plain = prograd.main([*QUICK, "--no-compare"])
     whole = dropout.main([*QUICK, "--out-dir", "whole"])
-    assert (whole["name"], whole["baseline_name"]) == ("dropout", "ProGrad")
+    names = [whole[key] for key in ("method", "name", "baseline_name")]
+    assert names == ["dropout", "dropout", "ProGrad"]
     for test, same in zip(whole["tests"], plain["tests"]):
         assert test["baseline"] == same["tuned"] != test["tuned"]  # dropout 0 is ProGrad
 
@@ -76,7 +77,6 @@ def test_own_method(tmp_path, monkeypatch, capsys):
     assert dropout.main(["--resume", "killed"])["tests"] == whole["tests"]
     for file in ("checkpoint.safetensors", "metrics.jsonl"):
         assert Path("killed", file).read_bytes() == Path("whole", file).read_bytes()
-
     data.read_image("toy:toy_fillshapes_sketch/test/0").save("a.png")
     table.main(["whole"])
     use.main(["predict", "killed", "a.png", "--script", str(path)])
