@@ -81,7 +81,7 @@ def test_own_method(tmp_path, monkeypatch, capsys):
     table.main(["whole"])
     use.main(["predict", "killed", "a.png", "--script", str(path)])
     text = capsys.readouterr().out
-    assert "| tuned − baseline |" in text and "\n  tuned " in text
+    assert "| dropout − ProGrad |" in text and "\n  tuned " in text
 
 
 @pytest.mark.parametrize("module", RECORDED, ids=lambda module: module.__name__)
