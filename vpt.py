@@ -485,6 +485,8 @@ def main(argv: list[str] | None = None) -> dict:
     compare = args.compare and args.samples and not args.eval
     task = data.load_task(args)
     task.notes += common.warmup_notes(args)
+    if args.samples:
+        task.notes.append("the column mean residual is VPT's prediction by one prompt, that of r = μ")
     clip = common.load_run_clip(args, task)
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
@@ -495,8 +497,6 @@ def main(argv: list[str] | None = None) -> dict:
         plain = argparse.Namespace(**vars(args) | {"samples": 0})
         baseline = fit(plain, clip, task, views, encoded, out / "baseline")
     result = fit(args, clip, task, views, encoded, out, baseline)
-    if args.samples:
-        print("mean residual: VPT's prediction by one prompt, that of r = μ")
     common.report(result, out)
     return result
 
