@@ -486,7 +486,7 @@ def main(argv: list[str] | None = None) -> dict:
     task = data.load_task(args)
     task.notes += common.warmup_notes(args)
     if args.samples:
-        task.notes.append("the column mean residual is VPT's prediction by one prompt, that of r = μ")
+        task.notes.append("mean residual: VPT's prediction by one prompt, that of r = μ")
     clip = common.load_run_clip(args, task)
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
