@@ -8,12 +8,13 @@ A dataset is a toy task (toyclip/world.py: no files), a name in SOURCES below, o
     folder:PATH   PATH/CLASS/*, or PATH/{train,val,test}/CLASS/*; PATH/ood/NAME/CLASS/* is tested on
     domains:PATH  PATH/DOMAIN/CLASS/*, with --train-domain or --test-domain
 PATH/classnames.txt may name the classes: a line "FOLDER<tab>NAME" for each, or names in order.
+
+To learn how draws and tasks are made read sections 4 to 6; the others read what people have.
 """
 
 import argparse
 import collections
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -62,11 +63,18 @@ def require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
+def tell(told: list[str], condition: object, text: str) -> None:
+    """Add a note or a fault to its list, if the condition holds."""
+    if condition:
+        told.append(text)
+
+
 def run(main) -> None:
     """Run a script's main. What stops it is one line on stderr, no traceback, and an exit status:
     2 = the user's to mend, 1 = numbers that are not finite, no space, no memory, 130 = Ctrl-C."""
-    # Class names may hold what stdout cannot show. It may be a notebook's, or closed.
-    with contextlib.suppress(AttributeError):
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed: nobody reads
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # class names may hold what it cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
@@ -91,7 +99,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return 1, "out of memory: try a smaller --memory-gb or --batch-size"
     if not isinstance(error, OSError):
         raise error
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = any(word in reason for word in ("No space left", "quota exceeded", "File too large"))
     return 1 if full else 2, f"{error.filename}: {reason}" if error.filename else reason
 
 
@@ -110,12 +118,12 @@ def write(path: Path, content: bytes) -> None:
 
 def progress(things: Iterable, text: str) -> tqdm:
     """A bar on stderr; where that is no terminal (a log file, a notebook), a line a minute."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
     words = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n"
     lines = {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": words}
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
-    more = {} if terminal else lines
-    return tqdm(things, text, leave=False, disable=sys.stderr is None or not first, **more)
+    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    # Of several processes one speaks.
+    silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"
+    return tqdm(things, text, leave=False, disable=silent, **({} if terminal else lines))
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -150,6 +158,7 @@ HELD_OUT = "held-out contexts"  # of NICO
 CONTEXT = "(?P<cls>[^/]+)/(?P<domain>[^/]+)/.+"
 # All of CoOp's split files but Food101's and SUN397's.
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"
+COPY = "huggingface.co/datasets/zhengli97/prompt_learning_dataset"  # not tried
 SOURCES = {
     "imagenet": Source("imagenet/images imagenet ImageNet ILSVRC2012",
                        "ILSVRC-2012 of image-net.org, unpacked to train/WNID/* and val/WNID/*",
@@ -162,7 +171,8 @@ SOURCES = {
                           "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.",
                           "split_zhou_OxfordPets.json"),
     "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test with "
-                            "5-digit file names, see github.com/pytorch/vision/issues/7545",
+                            "5-digit file names, see github.com/pytorch/vision/issues/7545, or "
+                            f"the copy at {COPY}",
                             split="split_zhou_StanfordCars.json"),
     "oxford_flowers": Source("oxford_flowers/jpg flowers-102/jpg",
                              "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
@@ -177,7 +187,8 @@ SOURCES = {
                             "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
     "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, so that "
-                     "SUN397/a/abbey/*.jpg is there", split="split_zhou_SUN397.json"),
+                     f"SUN397/a/abbey/*.jpg is there, or the copy at {COPY}",
+                     split="split_zhou_SUN397.json"),
     "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD by --download",
                   "{} texture.", "a texture of {}.", "split_zhou_DescribableTextures.json"),
     "eurosat": Source("eurosat/2750", "torchvision.EuroSAT by --download",
@@ -281,11 +292,16 @@ def find(name: str, args: argparse.Namespace) -> Found:
 def trained_here(found: Found, args: argparse.Namespace) -> bool:
     """Whether this dataset is trained on: it is --dataset or, with --eval, what that run was
     trained on, by its name or its folder. Of others nothing has to be held out."""
-    if not vars(args).get("eval"):
-        return found.name == args.dataset
+    if not args.eval:
+        return args.dataset in (None, found.name)
     config = read_json(Path(args.eval, "config.json"))
-    same_folder = found.root and real_name(found.root) == real_name(config["root"])
-    return same_folder or found.name == config["settings"]["dataset"]
+    trained = config["settings"]["dataset"]
+    return trained == found.name or place(trained, config["root"]) == place(found.name, found.root)
+
+
+def place(name: str, root: str) -> str:
+    """What tells a dataset from others, however it is spelt: its real folder, if it has one."""
+    return name if name in world.TASKS else real_name(root)
 
 
 def has_domains(found: Found) -> bool:
@@ -299,16 +315,14 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         source = Source("", template=world.TASKS[name].template)
         return Found(name, source, "", *world.task_items(name))
     kind, _, path = name.partition(":")
-    if kind in OWN and path:
-        root = os.path.expanduser(path)
-        require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
-        return Found(name, OWN[kind], root)
+    own = kind in OWN and path
     known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
     advice = f"did you mean folder:{name}?" if os.path.isdir(name) else f"use {', '.join(known)}"
-    require(name in SOURCES, f"no dataset is called {name!r}: {advice}")
-    source = SOURCES[name]
+    require(own or name in SOURCES, f"no dataset is called {name!r}: {advice}")
+    source = OWN[kind] if own else SOURCES[name]
     data_root = os.path.expanduser(args.data_root)
-    places = [os.path.join(data_root, place) for place in source.images.split()]
+    places = [os.path.join(data_root, below_it) for below_it in source.images.split()]
+    places = [os.path.expanduser(path)] if own else places
     fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
@@ -318,7 +332,8 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
     there = list(filter(os.path.isdir, places))
-    require(there, f"{name}: no images in {' or '.join(places)}: get {source.get}")
+    text = f"{name}: no images in {' or '.join(places)}, which is no folder"
+    require(there, f"{text}: get {source.get}")
     return Found(name, source, there[0])
 
 
@@ -335,18 +350,20 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
             raise UserError(f"{url} could not be fetched: {error}") from error
         write(path, content)
     if not path.is_file():
-        raise Missing(f"{path} is missing: try --download, or see CoOp's DATASETS.md")
+        raise Missing(f"{path} is missing: try --download, CoOp's DATASETS.md, or {COPY}")
     return path
 
 
 def address_of(found: Found, path: str, where: str) -> str:
     """The address of an image that a list names by its path below the root."""
-    address = os.path.join(found.root, *path.replace("\\", "/").split("/"))
-    file = os.path.basename(address).lower()
-    missing = address not in found.real
-    near = [a for a in found.real if os.path.basename(a).lower() == file] if missing else []
-    advice = f"it has to say {below(near[0], found.root)}" if near else "unpack the images again"
-    require(not missing, f"{where}: no image {address}: {advice}")
+    path = path.replace("\\", "/")
+    address = os.path.join(found.root, *path.split("/"))
+    if address not in found.real:
+        # Perhaps only what stands before it differs (./, images/, /abs), or capital letters do.
+        known = [below(other, found.root) for other in found.real]
+        near = [k for k in known if f"/{path}".lower().endswith(f"/{k}".lower())]
+        advice = f"it has to say {near[0]}" if near else "unpack the images again"
+        raise UserError(f"{where}: no image {address}: {advice}")
     return address
 
 
@@ -367,8 +384,8 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
                 f"{where} is not [path, label, class name]",
             )
             path, label, name = row
-            known = names.setdefault(label, name)
-            require(known == name, f"{where}: this label is {known!r} before")
+            names.setdefault(label, name)
+            require(names[label] == name, f"{where}: this label is {names[label]!r} before")
             rows.append((address_of(found, path, where), label, part, ""))
     names = dict(sorted(names.items()))
     require(
@@ -396,79 +413,81 @@ def read_lists(found: Found, rows: list[Row], lists: list[tuple[str, str, str]])
 
 def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     """The images below the root whose paths fit the pattern, class by class; their real paths go to
-    found.real. What is left out of your own folders is counted, by reason, in a note."""
+    found.real. What is left out of your own folders is said in a note."""
     # A run's own folders, which may lie among the photos.
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
-    rows = []
-    left = collections.Counter()
     fits = re.compile(found.source.paths).fullmatch
+    rows = []
+    classes = {}  # of each folder with images, by its path below the root
+    left = collections.Counter()
     folders = [(found.root, "", [os.path.realpath(found.root)])]  # grows on the way
-    for folder, place, way in folders:  # way: the real paths of the folders that lead here
+    for folder, above, way in folders:  # way: the real paths of the folders that lead here
         for file in os.scandir(folder):
+            path = above + file.name
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
-            match = fits(place + file.name)
+            match = fits(path)
+            image = file.name.lower().endswith(ENDINGS)
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
-                    left[f"folder {place}{file.name}"] += 1
+                    left[f"folder {path}"] += 1
                 # A link to a folder on the way would have no end.
                 elif not any(f"{up}/".startswith(f"{real}/") for up in way):
-                    below_root = unicodedata.normalize("NFC", f"{place}{file.name}/")
-                    folders.append((file.path, below_root, [*way, real]))
+                    path = unicodedata.normalize("NFC", path)
+                    folders.append((file.path, f"{path}/", [*way, real]))
             elif file.name[0] == ".":
                 left["hidden files"] += 1
-            elif place + file.name != "classnames.txt" and not file.name.lower().endswith(ENDINGS):
-                left[os.path.splitext(file.name)[1] or "no ending"] += 1
-            elif match:
-                said = match.groupdict("")
-                part = said.get("part", found.source.part)
-                rows.append((file.path, said.get("cls", ""), part, said.get("domain", "")))
+            elif match and image:
+                said = {"cls": "", "part": found.source.part, "domain": ""} | match.groupdict("")
+                rows.append((file.path, said["cls"], said["part"], said["domain"]))
                 found.real[file.path] = real
-            elif file.name != "classnames.txt":
-                left["no class folder"] += 1
-    if left and ":" in found.name:
-        text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()))
-        found.notes.append(f"left out: {text}")
+                classes[above] = said
+            elif path != "classnames.txt":
+                ending = os.path.splitext(path)[1] or "no ending"
+                left["no class folder" if image else ending] += 1
+    text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()))
+    tell(found.notes, text and ":" in found.name, f"left out: {text}")
     require(rows, f"{found.name}: no images in {found.root}: needed is {found.source.get}")
+    check_parts(found, classes)
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
-def check_parts(found: Found, rows: list[Row]) -> None:
+def check_parts(found: Found, said: dict[str, dict]) -> None:
     """UserError for folders of parts beside or below folders of classes, for too many or too few
-    parts. Notes say which of your own folders are parts, and that images lie below classes."""
-    folders = {address.rpartition(os.sep)[0]: (cls, domain) for address, cls, _, domain in rows}
-    paths = {below(folder, found.root): of for folder, of in folders.items()}
-    special = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
-    parts = sorted({path.split("/")[0] for path in paths if special(path) and not paths[path][1]})
-    classes = sorted({cls for _, cls, part, domain in rows if not (part or domain)})
+    parts. Notes say which of your own folders are parts, and that images lie below classes.
+
+    said: of each folder with images, by its path below the root, the class, part and domain.
+    """
+    own = ":" in found.name
+    outside = {path for path in said if said[path]["domain"]}
+    is_part = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)/").match
+    parts = sorted({path.split("/")[0] for path in said.keys() - outside if is_part(path)})
+    classes = sorted({said[p]["cls"] for p in said.keys() - outside if not said[p]["part"]})
     require(
         not (parts and classes),
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
         "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
     )
-    deep = sorted(path for path, (cls, _) in paths.items() if path.split("/")[-1] != cls)
-    inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
-    own = ":" in found.name
+    kinds = sorted(PARTS[part.lower()] for part in parts)
+    known = [[], ["test", "train"], ["train", "val"], ["test", "train", "val"]]
     require(
-        not (own and inner),
-        f"{found.root}: images lie in {inner[:1]}: a part stands above its classes: train/CLASS/*",
-    )
-    if own and deep:
-        found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
-    kinds = sorted(PARTS[folder.lower()] for folder in parts)
-    require(
-        kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
-        or (found.whole and kinds == ["test"]),
+        kinds in known or (found.whole and kinds == ["test"]),
         f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
     )
-    if own and parts:
-        found.notes.append(f"the folders {', '.join(parts)} are read as parts")
+    tell(found.notes, own and parts, f"the folders {', '.join(parts)} are read as parts")
+    deep = sorted(p[:-1] for p in said if own and p.split("/")[-2] != said[p]["cls"])
+    text = f"images below class folders are of the class above, as in {min(deep, default='')}"
+    tell(found.notes, deep, text)
+    inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
+    require(
+        not inner,
+        f"{found.root}: images lie in {inner[:1]}: a part stands above its classes: train/CLASS/*",
+    )
 
 
 def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     """What the paths say, or published lists. Where there are domains: the rows of those to train
     on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
     lists = found.source.lists
-    check_parts(found, rows)
     if not has_domains(found):
         files = [(lists[part], part, "") for part in lists]
         return read_lists(found, rows, files) if files else rows
@@ -477,20 +496,22 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
         found.notes.append("of a class's n contexts the last round(0.3 n), by name, are held out")
         rows = hold_out_contexts(rows)
     known = sorted({domain for *_, domain in rows})
-    test = test or (known if found.whole else [])
-    train = train or [domain for domain in known if domain not in test]
+    untrained = found.whole and ":" in found.name  # then every domain is tested on
+    train = train or [domain for domain in known if not untrained and domain not in test]
     test = test or [domain for domain in known if domain not in train]
-    some = test and (train or found.whole)
-    good = some and {*train, *test} <= {*known} and not {*train} & {*test}
     require(
-        good,
+        test and (train or untrained) and {*train, *test} <= {*known} and not {*train} & {*test},
         f"{found.name}: trains on {train}, tests on {test}: "
         f"name --train-domain or --test-domain, of {', '.join(known)}",
     )
     other = dict.fromkeys(train, "") | {domain: domain for domain in test}
     if lists:
-        of = {part: test if part == "ood" else train for part in lists}
-        files = [(lists[part].format(d), part, other[d]) for part in lists for d in of[part]]
+        files = [
+            (lists[part].format(domain), part, other[domain])
+            for part in lists
+            for domain in other
+            if (part == "ood") == (domain in test)
+        ]
         try:
             return sorted(read_lists(found, rows, files), key=lambda row: row[1].lower())
         except Missing as error:
@@ -580,8 +601,7 @@ def check_names(found: Found, names: dict) -> None:
     encode = SimpleTokenizer().encode
     twins = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
     same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
-    if len(names) < 2:
-        found.faults.append(f"the classes are {[*names.values()]}: two are needed")
+    tell(found.faults, len(names) < 2, f"the classes are {[*names.values()]}: two are needed")
     if found.name.startswith("imagenet"):  # whose own list has such pairs
         found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
     else:
@@ -589,52 +609,50 @@ def check_names(found: Found, names: dict) -> None:
 
 
 def split_rest(found: Found) -> None:
-    """A val without a test is the test part. A missing test part is ours, and so is a missing val
-    where there are further test sets: the same for every seed, so that all seeds share a test set.
-    Every part has its share of each class, rounded (CoOp's rule).
+    """A val without a test is the test part. Without both all images are tested on, if nothing is
+    trained on. Else a missing test part is ours, and so is a missing val where there are further
+    test sets: the same for every seed, so that all seeds share a test set. Every part has its share
+    of each class, rounded (CoOp's rule).
 
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
     """
     sets = found.sets
     ood = any(domain for _, domain in sets)
-    if found.whole and not sets["test", ""]:
-        sets["test", ""] = [*sets.pop(("train", "")), *sets.pop(("val", ""))]
-        sets |= {("train", ""): [], ("val", ""): []}
-        found.notes.append(f"all its {len(sets['test', ''])} images are tested on")
     if sets["val", ""] and not (sets["test", ""] or found.source.lists):  # PACS's lists: val stays
         sets["test", ""], sets["val", ""] = sets["val", ""], []
         found.notes.append("its val is the test part")
+    if found.whole and not sets["test", ""]:
+        sets["test", ""], sets["val", ""] = sets["train", ""] + sets["val", ""], []
+        n = sum(len(items) for (part, _), items in sets.items() if part == "test")
+        found.notes.append(f"all its {n} images are tested on")
+    if found.whole:
+        sets["train", ""] = []
     train = group(sets["train", ""], lambda item: item[1])
-    missing = [part for part in ("val", "test") if not sets[part, ""] and train]
+    missing = [part for part in ("val", "test") if train and not sets[part, ""]]
     if "test" in missing or (missing and ood):
-        plain = {"train": 0.5, "val": 0.2, "test": 1}  # the last part takes the rest
-        shares = {**dict.fromkeys(missing, 0.1), "train": 1} if ood else plain
+        # The last part takes the rest.
+        plain = {"train": 0.5, "val": 0.2, "test": 1}
+        shares = dict.fromkeys(missing, 0.1) | {"train": 1} if ood else plain
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
         for label, images in train.items():
             n = len(images)
-            if n < 4 and not ood:
-                found.faults.append(
-                    f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30: "
-                    "4 are needed"
-                )
+            text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
+            tell(found.faults, n < 4 and not ood, f"{text}: 4 are needed")
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
+            rest = iter(images)
             for part, share in shares.items():
-                k = round(share * n)
-                sets[part, ""] += images[:k]
-                images = images[k:]
-        if ood and not sets["test", ""]:
-            found.faults.append("too few images to split: 6 a class are needed")
+                sets[part, ""] += itertools.islice(rest, round(share * n))
+        few = ood and not sets["test", ""]
+        tell(found.faults, few, "too few images to split: 6 a class are needed")
     told = found.notes if has_domains(found) else found.faults
-    told += [
-        f"class {cls!r} has no training image: add one, or remove its other images"
-        for label, cls in enumerate(found.classnames)
-        if train and label not in train
-    ]
     tested = {label for _, label in sets["test", ""]}
     untested = [cls for label, cls in enumerate(found.classnames) if label not in tested]
+    for label, cls in enumerate(found.classnames):
+        text = f"class {cls!r} has no training image: add one, or remove its other images"
+        tell(told, train and label not in train, text)
     if tested and untested:
         found.notes.append(f"{len(untested)} classes have no test image, as {untested[0]!r}")
 
@@ -642,22 +660,17 @@ def split_rest(found: Found) -> None:
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     """A note on images that are there twice, by their identity; a fault where they are both trained
     and tested on."""
-    items = list(itertools.chain(*found.sets.values()))
-    if len({identity[address] for address, _ in items}) == len(items):
-        return
-    uses = [(*item, part) for (part, _), those in found.sets.items() for item in those]
+    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
     same = group(uses, lambda use: identity[use[0]]).values()
     twice = [list(zip(*copies)) for copies in same if len(copies) > 1]  # addresses, labels, parts
     classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
     apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-    found.notes.append(
-        f"{len(twice)} images are there {how}, {classes} of them in two classes, "
-        f"{apart} in two parts"
-    )
-    for addresses, _, parts in twice:
-        path = dict(zip(parts, addresses))
-        if {"train", "test"} <= path.keys():
-            fault = f"{path['train']}, trained on, and {path['test']}, tested on, are one image"
+    text = f"{len(twice)} images are there {how}, {classes} of them in two classes, "
+    tell(found.notes, twice, f"{text}{apart} in two parts")
+    places = [dict(zip(parts, addresses)) for addresses, _, parts in twice]
+    for at in places:
+        if {"train", "test"} <= at.keys():
+            fault = f"{at['train']}, trained on, and {at['test']}, tested on, are one image"
             found.faults += {f"{fault}: remove one"} - {*found.faults}  # a link is a copy, too
 
 
@@ -700,7 +713,7 @@ def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[
     def draw(items: list[Item], k: int) -> list[Item]:
         classes = group(items, lambda item: item[1]).values()
         drawn = [rng.sample(own, k) if len(own) >= k else own for own in classes]
-        return list(itertools.chain(*drawn))
+        return [item for own in drawn for item in own]
 
     return (train, val) if shots == "all" else (draw(train, shots), draw(val, min(shots, 4)))
 
@@ -771,64 +784,66 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
     what that run was trained on."""
-    name = args.dataset
     require(
         re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"),
         f"--template {args.template!r} needs one {{}}, where the class name goes",
     )
-    found = read(name, args)
+    found = read(args.dataset, args)
     n = len(found.classnames)
-    require(args.classes == "all" or n > 3, f"{name}: {n} classes have no base and new half")
-    classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
+    require(args.classes == "all" or n > 3, f"{found.name}: {n} classes have no base and new half")
+    labels = range(n if args.classes == "all" else (n + 1) // 2)
     template = args.template or found.source.template
-    teacher = args.template or found.source.teacher or template
     tests = make_tests(found, args.classes, args.test_part, template)
-    notes = found.notes
-    places = [real_name(found.root) if found.root else name]
-    for other in args.test_on:
-        target = read(other, args)
-        tests += make_tests(target, "all", args.test_part, target.source.template)
-        own = [f"its template is {target.source.template!r}"] if args.template else []
-        notes += [f"{other}: {note}" for note in own + target.notes]
-        places.append(real_name(target.root) if target.root else other)
-        require(len({*places}) == len(places), f"{other} is tested on twice: name it once")
-    task = Task(name, classnames, template, teacher, [], [], tests, notes, [], found.root)
-    evaluated = vars(args).get("eval")
-    if not evaluated:
-        draw(task, found.sets, args)
-    trained = {"train": task.lines, "root": task.root, "settings": vars(args)}
-    config = read_json(Path(evaluated, "config.json")) if evaluated else trained
-    task.lines = config["train"]
-    seen = trained_on(task, config)
-    told = [f"{len(seen)} test images are trained on, as {address}" for address in seen[:1]]
-    require(evaluated or not seen, f"{''.join(told)}: remove them")
-    task.notes += told
-    return task
+    others = [read(name, args) for name in args.test_on]
+    places = {place(one.name, one.root) for one in [found, *others]}
+    require(len(places) > len(others), f"{args.test_on}: one test set is there twice: name it once")
+    for other in others:
+        tests += make_tests(other, "all", args.test_part, other.source.template)
+        tell(other.notes, args.template, f"its template is {other.source.template!r}")
+        found.notes += [f"{other.name}: {note}" for note in other.notes]
+    train, val = ([], []) if args.eval else draw(found, labels, args)
+    ours = {"train": item_lines(train, found.root), "root": found.root, "settings": vars(args)}
+    run = read_json(Path(args.eval, "config.json")) if args.eval else ours
+    seen = trained_on(tests, run)
+    text = f"{len(seen)} test images are trained on, as {min(seen, default='')}"
+    require(args.eval or not seen, f"{text}: remove them")
+    tell(found.notes, seen, text)
+    return Task(
+        name=found.name,
+        classnames=found.classnames[: len(labels)],
+        template=template,
+        teacher_template=args.template or found.source.teacher or template,
+        train=train,
+        val=val,
+        tests=tests,
+        notes=found.notes,
+        lines=run["train"],
+        root=found.root,
+    )
 
 
-def draw(task: Task, sets: dict[tuple[str, str], list[Item]], args: argparse.Namespace) -> None:
-    """Put the few shots of the task's classes into it."""
-    require(sets["train", ""], f"{task.name} is for testing only: train with --test-on {task.name}")
-    drawn = fewshot(sets["train", ""], sets["val", ""], args.shots, args.seed)
-    labels = range(len(task.classnames))
-    task.train, task.val = (keep_labels(items, labels) for items in drawn)
-    task.lines = item_lines(task.train, task.root)
-    least = min(collections.Counter(label for _, label in task.train).values(), default=0)
-    if args.shots != "all" and least < args.shots:
-        task.notes.append(f"a class has {least} training images, no more")
+def draw(found: Found, labels: range, args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
+    """The few shots of these classes to train and to validate on."""
+    train, val = found.sets["train", ""], found.sets["val", ""]
+    require(train, f"{found.name} is for testing only: train with --test-on {found.name}")
+    drawn = fewshot(train, val, args.shots, args.seed)
+    train, val = (keep_labels(items, labels) for items in drawn)
+    least = min(collections.Counter(label for _, label in train).values(), default=0)
+    few = args.shots != "all" and least < args.shots
+    tell(found.notes, few, f"a class has {least} training images, no more")
+    return train, val
 
 
-def trained_on(task: Task, config: dict) -> list[str]:
+def trained_on(tests: list[Test], run: dict) -> list[str]:
     """The test images that the run with this config.json is trained on. Those of its own dataset,
     which may have moved, are compared by their paths below its folder, others by real paths."""
-    trained = {line.rpartition("\t")[0] for line in config["train"]}
-    own = [test for test in task.tests if test.name == config["settings"]["dataset"]]
+    trained = {line.rpartition("\t")[0] for line in run["train"]}
+    own = [test for test in tests if test.name == run["settings"]["dataset"]]
     seen = [a for test in own for a, _ in test.items if below(a, test.root) in trained]
-    others = [a for test in task.tests if test not in own for a, _ in test.items]
-    if others:  # real paths of all trained images take a while to ask for
-        real = {real_name(os.path.join(config["root"], path)) for path in trained}
-        seen += [address for address in others if real_name(address) in real]
-    return seen
+    others = [a for test in tests if test not in own for a, _ in test.items]
+    # Real paths of all trained images take a while to ask for.
+    real = {real_name(os.path.join(run["root"], path)) for path in (trained if others else ())}
+    return seen + [address for address in others if real_name(address) in real]
 
 
 def real_name(address: str) -> str:
@@ -838,14 +853,16 @@ def real_name(address: str) -> str:
 def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:
     """In-distribution first, all classes or base and new; then the other domains."""
     n = len(found.classnames)
-    halves = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
-    domains = {domain: items for (of, domain), items in found.sets.items() if of == part}
-    tests = []
-    for domain, items in domains.items():
-        for which, labels in ({"all": range(n)} if classes == "all" else halves).items():
-            names, own = found.classnames[labels.start : labels.stop], keep_labels(items, labels)
-            test = Test(found.name, domain, which, names, template, own, found.root)
-            tests += [test] if own else []
+    half = (n + 1) // 2
+    halves = {"all": range(n)} if classes == "all" else {"base": range(half), "new": range(half, n)}
+    tests = [
+        Test(found.name, domain, which, [found.classnames[label] for label in labels], template,
+             keep_labels(items, labels), found.root)
+        for (of, domain), items in found.sets.items()
+        if of == part
+        for which, labels in halves.items()
+    ]  # fmt: skip
+    tests = [test for test in tests if test.items]
     require(tests, f"{found.name} has no images in its {part} part")
     return tests
 
@@ -913,15 +930,15 @@ def read_image(address: str) -> Image.Image:
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies that are trained and tested on; a
     note on other copies."""
-    items = list(itertools.chain(*found.sets.values()))
-    content = {file: file for file, _ in items}
-    readable = [file for file in content if os.access(file, os.R_OK)]  # no link to nothing, no toy
-    content |= {file: hashlib.sha1(Path(file).read_bytes()).digest() for file in readable}
+    items = [item for those in found.sets.values() for item in those]
+    content = {
+        file: hashlib.sha1(Path(file).read_bytes()).digest() if os.access(file, os.R_OK) else file
+        for file, _ in items  # a link to nothing and a toy image cannot be accessed
+    }
     check_overlaps(found, content, "as copies")
     bad = bad_images(items)
     found.faults += bad
-    if not bad:
-        found.notes.append("all images can be read")
+    tell(found.notes, not bad, "all images can be read")
 
 
 def bad_images(items: list[Item]) -> list[str]:
@@ -978,28 +995,28 @@ def load_images(images: ImageSet, lists: list[list[int]], args, text: str) -> It
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
     n = min(args.workers, len(images) // 64)
-    pinned = args.device != "cpu"
-    loader = DataLoader(images, batch_sampler=lists, num_workers=n, pin_memory=pinned)
+    loader = DataLoader(images, batch_sampler=lists, num_workers=n, pin_memory=args.device != "cpu")
     try:
         yield from progress(loader, text)
     except UserError as error:
-        bad = bad_images(images.items) or [str(error)]
-        raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
+        bad = "; ".join(bad_images(images.items)) or error
+        raise UserError(f"broken images, mend or remove them: {bad}") from error
 
 
 # 7. THE COMMAND: what is there --------------------------------------------------------------------
 def describe(found: Found, whole: bool) -> None:
     """A line about a dataset; then its notes, and the images of each class and part."""
-    sets = {f"ood {domain}" if domain else p: items for (p, domain), items in found.sets.items()}
-    sizes = ", ".join(f"{len(items)} {part}" for part, items in sets.items() if items)
+    counts = {
+        f"ood {domain}" if domain else part: collections.Counter(label for _, label in items)
+        for (part, domain), items in found.sets.items()
+    }
+    sizes = ", ".join(f"{count.total()} {part}" for part, count in counts.items() if count)
     print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; in {found.root or 'toyclip'}")
-    if not whole:
-        return
-    print("".join(f"note: {note}\n" for note in found.notes), end="")
-    counts = {part: collections.Counter(y for _, y in items) for part, items in sets.items()}
-    for label, cls in enumerate(found.classnames):
-        shown = [f"{count[label]} {part}" for part, count in counts.items() if count[label]]
-        print(f"{label:5}  {cls:30}", *shown)
+    if whole:
+        print("".join(f"note: {note}\n" for note in found.notes), end="")
+        for label, cls in enumerate(found.classnames):
+            shown = [f"{count[label]} {part}" for part, count in counts.items() if count[label]]
+            print(f"{label:5}  {cls.replace('_', ' '):30}", *shown)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1007,7 +1024,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("--dataset", "--data-root", "--download", "--train-domain", "--test-domain"):
         parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
-    args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
+    args = parser.parse_args(argv, argparse.Namespace(data_root="data", eval=None))
     require(args.dataset or not (args.download or args.check_images), "name one --dataset for this")
     if args.dataset:
         found = find(args.dataset, args)

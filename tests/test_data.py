@@ -26,7 +26,7 @@ SPLITS = Path(os.environ.get("COOP_SPLITS", HERE.parents[1] / "shared" / "coop_s
 def arguments(dataset, root="data", **changed) -> argparse.Namespace:
     flags = {"dataset": str(dataset), "data_root": str(root), "download": False, "shots": 4}
     flags |= {"seed": 1, "classes": "all", "test_on": [], "test_part": "test", "template": None}
-    flags |= {"train_domain": None, "test_domain": None, "cache_dir": "cache", "out_dir": None}
+    flags |= {"train_domain": None, "test_domain": None, "cache_dir": "cache", "out_dir": None, "eval": None}
     return argparse.Namespace(**flags | changed)
 
 
@@ -550,16 +550,16 @@ def test_tested_images_that_were_trained_on(tmp_path):
     photos(tmp_path, n=10)
     task = load(f"folder:{tmp_path}", shots="all")
     run = {"settings": {"dataset": task.name}, "root": task.root, "train": task.lines}
-    assert not data.trained_on(task, run)
+    assert not data.trained_on(task.tests, run)
     tested = [f"{data.below(path, task.root)}\t0" for path, _ in task.tests[0].items[:3]]
     run["train"] = task.lines + tested
-    assert len(data.trained_on(task, run)) == 3
-    assert len(data.trained_on(task, run | {"root": "moved"})) == 3
+    assert len(data.trained_on(task.tests, run)) == 3
+    assert len(data.trained_on(task.tests, run | {"root": "moved"})) == 3
     (tmp_path / "b").symlink_to(tmp_path)  # the same photos, otherwise called
     other = load(f"folder:{tmp_path}/b", shots="all")
-    assert len(data.trained_on(other, run)) == 3
+    assert len(data.trained_on(other.tests, run)) == 3
     run["root"] = "moved"
-    assert not data.trained_on(other, run)
+    assert not data.trained_on(other.tests, run)
 
 
 def test_toy_tasks():
