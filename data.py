@@ -72,9 +72,9 @@ def tell(told: list[str], condition: object, text: str) -> None:
 def run(main) -> None:
     """Run a script's main. What stops it is one line on stderr, no traceback, and an exit status:
     2 = the user's to mend, 1 = numbers that are not finite, no space, no memory, 130 = Ctrl-C."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed: nobody reads
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):  # class names may hold what it cannot show
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, where it is None
+    # Class names may hold what stdout cannot show. It may be closed, or a notebook's.
+    with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
@@ -118,12 +118,16 @@ def write(path: Path, content: bytes) -> None:
 
 def progress(things: Iterable, text: str) -> tqdm:
     """A bar on stderr; where that is no terminal (a log file, a notebook), a line a minute."""
-    words = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n"
-    lines = {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": words}
     terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    rare = {
+        "mininterval": 60,
+        "maxinterval": 60,
+        "delay": 60,
+        "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n",
+    }
     # Of several processes one speaks.
     silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"
-    return tqdm(things, text, leave=False, disable=silent, **({} if terminal else lines))
+    return tqdm(things, text, leave=False, disable=silent, **({} if terminal else rare))
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -251,19 +255,20 @@ class Found:
     real: dict[str, str] = field(default_factory=dict)  # of every image: where links lead
 
 
-def read(name: str, args: argparse.Namespace) -> Found:
+def read(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
-    what."""
-    found = find(name, args)
+    what. trained: names and places of what is trained on, if that is known; of others nothing has
+    to be held out."""
+    found = find(name, args, trained)
     more = ["and more: see data.py --check-images"] if len(found.faults) > 5 else []
     require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5] + more)}")
     return found
 
 
-def find(name: str, args: argparse.Namespace) -> Found:
+def find(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
     """The same with its faults, as far as they do not keep it from being read."""
     found = locate(name, args)
-    found.whole = not trained_here(found, args)
+    found.whole = trained is not None and trained.isdisjoint({name, place(name, found.root)})
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
     require(
         has_domains(found) or not any(flags),
@@ -289,16 +294,6 @@ def find(name: str, args: argparse.Namespace) -> Found:
     return found
 
 
-def trained_here(found: Found, args: argparse.Namespace) -> bool:
-    """Whether this dataset is trained on: it is --dataset or, with --eval, what that run was
-    trained on, by its name or its folder. Of others nothing has to be held out."""
-    if not args.eval:
-        return args.dataset in (None, found.name)
-    config = read_json(Path(args.eval, "config.json"))
-    trained = config["settings"]["dataset"]
-    return trained == found.name or place(trained, config["root"]) == place(found.name, found.root)
-
-
 def place(name: str, root: str) -> str:
     """What tells a dataset from others, however it is spelt: its real folder, if it has one."""
     return name if name in world.TASKS else real_name(root)
@@ -321,8 +316,8 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     require(own or name in SOURCES, f"no dataset is called {name!r}: {advice}")
     source = OWN[kind] if own else SOURCES[name]
     data_root = os.path.expanduser(args.data_root)
-    places = [os.path.join(data_root, below_it) for below_it in source.images.split()]
-    places = [os.path.expanduser(path)] if own else places
+    places = [os.path.join(data_root, folder) for folder in source.images.split()]
+    places = places or [os.path.expanduser(path)]
     fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
@@ -331,10 +326,10 @@ def locate(name: str, args: argparse.Namespace) -> Found:
             getattr(datasets, fetch[1])(data_root, download=True)
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
-    there = list(filter(os.path.isdir, places))
-    text = f"{name}: no images in {' or '.join(places)}, which is no folder"
-    require(there, f"{text}: get {source.get}")
-    return Found(name, source, there[0])
+    root = next(filter(os.path.isdir, places), "")
+    tried = " or ".join(places)
+    require(root, f"{name}: no images in {tried}, which is no folder: get {source.get}")
+    return Found(name, source, root)
 
 
 def find_file(found: Found, file: str, url: str = "") -> Path:
@@ -356,11 +351,10 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
 
 def address_of(found: Found, path: str, where: str) -> str:
     """The address of an image that a list names by its path below the root."""
-    path = path.replace("\\", "/")
-    address = os.path.join(found.root, *path.split("/"))
+    address = os.path.join(found.root, *path.replace("\\", "/").split("/"))
     if address not in found.real:
         # Perhaps only what stands before it differs (./, images/, /abs), or capital letters do.
-        known = [below(other, found.root) for other in found.real]
+        known = (below(other, found.root) for other in found.real)
         near = [k for k in known if f"/{path}".lower().endswith(f"/{k}".lower())]
         advice = f"it has to say {near[0]}" if near else "unpack the images again"
         raise UserError(f"{where}: no image {address}: {advice}")
@@ -423,7 +417,7 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     folders = [(found.root, "", [os.path.realpath(found.root)])]  # grows on the way
     for folder, above, way in folders:  # way: the real paths of the folders that lead here
         for file in os.scandir(folder):
-            path = above + file.name
+            path = unicodedata.normalize("NFC", above + file.name)
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
             match = fits(path)
             image = file.name.lower().endswith(ENDINGS)
@@ -432,7 +426,6 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
                     left[f"folder {path}"] += 1
                 # A link to a folder on the way would have no end.
                 elif not any(f"{up}/".startswith(f"{real}/") for up in way):
-                    path = unicodedata.normalize("NFC", path)
                     folders.append((file.path, f"{path}/", [*way, real]))
             elif file.name[0] == ".":
                 left["hidden files"] += 1
@@ -440,7 +433,7 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
                 said = {"cls": "", "part": found.source.part, "domain": ""} | match.groupdict("")
                 rows.append((file.path, said["cls"], said["part"], said["domain"]))
                 found.real[file.path] = real
-                classes[above] = said
+                classes[above[:-1]] = said
             elif path != "classnames.txt":
                 ending = os.path.splitext(path)[1] or "no ending"
                 left["no class folder" if image else ending] += 1
@@ -458,10 +451,10 @@ def check_parts(found: Found, said: dict[str, dict]) -> None:
     said: of each folder with images, by its path below the root, the class, part and domain.
     """
     own = ":" in found.name
-    outside = {path for path in said if said[path]["domain"]}
-    is_part = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)/").match
-    parts = sorted({path.split("/")[0] for path in said.keys() - outside if is_part(path)})
-    classes = sorted({said[p]["cls"] for p in said.keys() - outside if not said[p]["part"]})
+    inside = {path: one for path, one in said.items() if not one["domain"]}
+    is_part = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
+    parts = sorted({path.split("/")[0] for path in inside if is_part(path)})
+    classes = sorted({one["cls"] for one in inside.values() if not one["part"]})
     require(
         not (parts and classes),
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
@@ -474,9 +467,9 @@ def check_parts(found: Found, said: dict[str, dict]) -> None:
         f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
     )
     tell(found.notes, own and parts, f"the folders {', '.join(parts)} are read as parts")
-    deep = sorted(p[:-1] for p in said if own and p.split("/")[-2] != said[p]["cls"])
-    text = f"images below class folders are of the class above, as in {min(deep, default='')}"
-    tell(found.notes, deep, text)
+    deep = sorted(path for path in said if own and path.split("/")[-1] != said[path]["cls"])
+    if deep:
+        found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
     inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
     require(
         not inner,
@@ -489,12 +482,14 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
     lists = found.source.lists
     if not has_domains(found):
-        files = [(lists[part], part, "") for part in lists]
-        return read_lists(found, rows, files) if files else rows
+        return read_lists(found, rows, [(lists[p], p, "") for p in lists]) if lists else rows
     train, test = flags if any(flags) else found.source.domains
     if found.name.startswith("nico") and not any(flags):
         found.notes.append("of a class's n contexts the last round(0.3 n), by name, are held out")
-        rows = hold_out_contexts(rows)
+        pairs = sorted({(cls, context) for _, cls, _, context in rows})
+        contexts = group(pairs, lambda pair: pair[0]).values()
+        held = {pair for own in contexts for pair in own[len(own) - round(0.3 * len(own)) :]}
+        rows = [(*row, HELD_OUT if (row[1], d) in held else "seen") for *row, d in rows]
     known = sorted({domain for *_, domain in rows})
     untrained = found.whole and ":" in found.name  # then every domain is tested on
     train = train or [domain for domain in known if not untrained and domain not in test]
@@ -517,16 +512,6 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
         except Missing as error:
             found.notes.append(f"not by its published lists: {error}")
     return [(address, cls, part, other[d]) for address, cls, part, d in rows if d in other]
-
-
-def hold_out_contexts(rows: list[Row]) -> list[Row]:
-    """NICO, whose classes have contexts of their own: some of each class's are for testing."""
-    contexts = group(sorted({(cls, context) for _, cls, _, context in rows}), lambda pair: pair[0])
-    seen = {pair for own in contexts.values() for pair in own[: len(own) - round(0.3 * len(own))]}
-    return [
-        (address, cls, part, "seen" if (cls, context) in seen else HELD_OUT)
-        for address, cls, part, context in rows
-    ]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -599,8 +584,8 @@ def check_names(found: Found, names: dict) -> None:
     from open_clip import SimpleTokenizer
 
     encode = SimpleTokenizer().encode
-    twins = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
-    same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
+    prompts = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
+    same = [texts for tokens, texts in prompts.items() if len(texts) > 1 or not tokens]
     tell(found.faults, len(names) < 2, f"the classes are {[*names.values()]}: two are needed")
     if found.name.startswith("imagenet"):  # whose own list has such pairs
         found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
@@ -631,16 +616,15 @@ def split_rest(found: Found) -> None:
     train = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if train and not sets[part, ""]]
     if "test" in missing or (missing and ood):
-        # The last part takes the rest.
-        plain = {"train": 0.5, "val": 0.2, "test": 1}
-        shares = dict.fromkeys(missing, 0.1) | {"train": 1} if ood else plain
+        kept = dict.fromkeys(missing, 0.1) | {"train": 1}  # the last part takes the rest
+        shares = kept if ood else {"train": 0.5, "val": 0.2, "test": 1}
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
         for label, images in train.items():
             n = len(images)
-            text = f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30"
-            tell(found.faults, n < 4 and not ood, f"{text}: 4 are needed")
+            text = f"images of class {found.classnames[label]!r} cannot be split 50/20/30"
+            tell(found.faults, n < 4 and not ood, f"{n} {text}: 4 are needed")
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
             rest = iter(images)
             for part, share in shares.items():
@@ -650,9 +634,11 @@ def split_rest(found: Found) -> None:
     told = found.notes if has_domains(found) else found.faults
     tested = {label for _, label in sets["test", ""]}
     untested = [cls for label, cls in enumerate(found.classnames) if label not in tested]
-    for label, cls in enumerate(found.classnames):
-        text = f"class {cls!r} has no training image: add one, or remove its other images"
-        tell(told, train and label not in train, text)
+    told += [
+        f"class {cls!r} has no training image: add one, or remove its other images"
+        for label, cls in enumerate(found.classnames)
+        if train and label not in train
+    ]
     if tested and untested:
         found.notes.append(f"{len(untested)} classes have no test image, as {untested[0]!r}")
 
@@ -665,13 +651,17 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     twice = [list(zip(*copies)) for copies in same if len(copies) > 1]  # addresses, labels, parts
     classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
     apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-    text = f"{len(twice)} images are there {how}, {classes} of them in two classes, "
-    tell(found.notes, twice, f"{text}{apart} in two parts")
-    places = [dict(zip(parts, addresses)) for addresses, _, parts in twice]
-    for at in places:
-        if {"train", "test"} <= at.keys():
-            fault = f"{at['train']}, trained on, and {at['test']}, tested on, are one image"
-            found.faults += {f"{fault}: remove one"} - {*found.faults}  # a link is a copy, too
+    tell(
+        found.notes,
+        twice,
+        f"{len(twice)} images are there {how}, {classes} of them in two classes, "
+        f"{apart} in two parts",
+    )
+    found.faults += [
+        f"{at['train']}, trained on, and {at['test']}, tested on, are one image: remove one"
+        for at in (dict(zip(parts, addresses)) for addresses, _, parts in twice)
+        if {"train", "test"} <= at.keys()
+    ]
 
 
 def below(address: str, root: str) -> str:
@@ -767,13 +757,9 @@ class Task:
     val: list[Item]
     tests: list[Test]
     notes: list[str]
-    lines: list[str] = field(default_factory=list)  # "path below root<tab>label", trained on
-    root: str = ""
-
-    @property
-    def split(self) -> str:
-        """Hash of the training images."""
-        return fingerprint(self.lines)
+    lines: list[str]  # "path below the root<tab>label" of each image trained on
+    split: str  # hash of the lines
+    root: str
 
     def validation(self) -> list[Test]:
         """The validation part of the training classes."""
@@ -788,13 +774,16 @@ def load_task(args: argparse.Namespace) -> Task:
         re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"),
         f"--template {args.template!r} needs one {{}}, where the class name goes",
     )
-    found = read(args.dataset, args)
+    run = read_json(Path(args.eval, "config.json")) if args.eval else {"settings": vars(args)}
+    name = run["settings"]["dataset"]
+    trained = {name, place(name, run["root"])} if args.eval else {name}
+    found = read(args.dataset, args, trained)
     n = len(found.classnames)
     require(args.classes == "all" or n > 3, f"{found.name}: {n} classes have no base and new half")
     labels = range(n if args.classes == "all" else (n + 1) // 2)
     template = args.template or found.source.template
     tests = make_tests(found, args.classes, args.test_part, template)
-    others = [read(name, args) for name in args.test_on]
+    others = [read(other, args, trained) for other in args.test_on]
     places = {place(one.name, one.root) for one in [found, *others]}
     require(len(places) > len(others), f"{args.test_on}: one test set is there twice: name it once")
     for other in others:
@@ -802,8 +791,7 @@ def load_task(args: argparse.Namespace) -> Task:
         tell(other.notes, args.template, f"its template is {other.source.template!r}")
         found.notes += [f"{other.name}: {note}" for note in other.notes]
     train, val = ([], []) if args.eval else draw(found, labels, args)
-    ours = {"train": item_lines(train, found.root), "root": found.root, "settings": vars(args)}
-    run = read_json(Path(args.eval, "config.json")) if args.eval else ours
+    run = {"train": item_lines(train, found.root), "root": found.root} | run
     seen = trained_on(tests, run)
     text = f"{len(seen)} test images are trained on, as {min(seen, default='')}"
     require(args.eval or not seen, f"{text}: remove them")
@@ -818,6 +806,7 @@ def load_task(args: argparse.Namespace) -> Task:
         tests=tests,
         notes=found.notes,
         lines=run["train"],
+        split=fingerprint(run["train"]),
         root=found.root,
     )
 
@@ -856,11 +845,11 @@ def make_tests(found: Found, classes: str, part: str, template: str) -> list[Tes
     half = (n + 1) // 2
     halves = {"all": range(n)} if classes == "all" else {"base": range(half), "new": range(half, n)}
     tests = [
-        Test(found.name, domain, which, [found.classnames[label] for label in labels], template,
+        Test(found.name, domain, which, found.classnames[labels.start : labels.stop], template,
              keep_labels(items, labels), found.root)
         for (of, domain), items in found.sets.items()
-        if of == part
         for which, labels in halves.items()
+        if of == part
     ]  # fmt: skip
     tests = [test for test in tests if test.items]
     require(tests, f"{found.name} has no images in its {part} part")
@@ -937,7 +926,7 @@ def check_images(found: Found) -> None:
     }
     check_overlaps(found, content, "as copies")
     bad = bad_images(items)
-    found.faults += bad
+    found.faults = list(dict.fromkeys(found.faults + bad))  # a link is a copy, too: named once
     tell(found.notes, not bad, "all images can be read")
 
 
@@ -1024,7 +1013,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("--dataset", "--data-root", "--download", "--train-domain", "--test-domain"):
         parser.add_argument(name, **FLAGS[name])
     parser.add_argument("--check-images", action="store_true", help="decode all, list every fault")
-    args = parser.parse_args(argv, argparse.Namespace(data_root="data", eval=None))
+    args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
     require(args.dataset or not (args.download or args.check_images), "name one --dataset for this")
     if args.dataset:
         found = find(args.dataset, args)
