@@ -334,10 +334,10 @@ def locate(name: str, args: argparse.Namespace) -> Found:
 
 def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
-    root, above = Path(found.root), Path(found.root).parent
-    near = [above, root, above / "splits", root / "splits"]
-    near += [above / "imagenet", above.parent / "imagenet"]  # of its variants
-    path = next((p / file for p in near if (p / file).is_file()), above / file)
+    root, up = Path(found.root), Path(found.root).parent
+    # Names of classes lie beside ImageNet, and are for its variants, too.
+    near = [up, root, up / "splits", root / "splits", up / "imagenet", up.parent / "imagenet"]
+    path = next((p / file for p in near if (p / file).is_file()), up / file)
     if url and not path.is_file():
         try:
             content = urllib.request.urlopen(url).read()
@@ -461,9 +461,9 @@ def check_parts(found: Found, said: dict[str, dict]) -> None:
         "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
     )
     kinds = sorted(PARTS[part.lower()] for part in parts)
-    known = [[], ["test", "train"], ["train", "val"], ["test", "train", "val"]]
     require(
-        kinds in known or (found.whole and kinds == ["test"]),
+        kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
+        or (found.whole and kinds == ["test"]),
         f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
     )
     tell(found.notes, own and parts, f"the folders {', '.join(parts)} are read as parts")
@@ -486,8 +486,7 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     train, test = flags if any(flags) else found.source.domains
     if found.name.startswith("nico") and not any(flags):
         found.notes.append("of a class's n contexts the last round(0.3 n), by name, are held out")
-        pairs = sorted({(cls, context) for _, cls, _, context in rows})
-        contexts = group(pairs, lambda pair: pair[0]).values()
+        contexts = group(sorted({(cls, d) for _, cls, _, d in rows}), lambda pair: pair[0]).values()
         held = {pair for own in contexts for pair in own[len(own) - round(0.3 * len(own)) :]}
         rows = [(*row, HELD_OUT if (row[1], d) in held else "seen") for *row, d in rows]
     known = sorted({domain for *_, domain in rows})
@@ -813,9 +812,8 @@ def load_task(args: argparse.Namespace) -> Task:
 
 def draw(found: Found, labels: range, args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
     """The few shots of these classes to train and to validate on."""
-    train, val = found.sets["train", ""], found.sets["val", ""]
-    require(train, f"{found.name} is for testing only: train with --test-on {found.name}")
-    drawn = fewshot(train, val, args.shots, args.seed)
+    require(found.sets["train", ""], f"{found.name} is for testing only: name it in --test-on")
+    drawn = fewshot(found.sets["train", ""], found.sets["val", ""], args.shots, args.seed)
     train, val = (keep_labels(items, labels) for items in drawn)
     least = min(collections.Counter(label for _, label in train).values(), default=0)
     few = args.shots != "all" and least < args.shots
@@ -849,9 +847,8 @@ def make_tests(found: Found, classes: str, part: str, template: str) -> list[Tes
              keep_labels(items, labels), found.root)
         for (of, domain), items in found.sets.items()
         for which, labels in halves.items()
-        if of == part
+        if of == part and any(label in labels for _, label in items)
     ]  # fmt: skip
-    tests = [test for test in tests if test.items]
     require(tests, f"{found.name} has no images in its {part} part")
     return tests
 
@@ -919,18 +916,18 @@ def read_image(address: str) -> Image.Image:
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies that are trained and tested on; a
     note on other copies."""
-    items = [item for those in found.sets.values() for item in those]
     content = {
         file: hashlib.sha1(Path(file).read_bytes()).digest() if os.access(file, os.R_OK) else file
+        for items in found.sets.values()
         for file, _ in items  # a link to nothing and a toy image cannot be accessed
     }
     check_overlaps(found, content, "as copies")
-    bad = bad_images(items)
+    bad = bad_images(content)
     found.faults = list(dict.fromkeys(found.faults + bad))  # a link is a copy, too: named once
     tell(found.notes, not bad, "all images can be read")
 
 
-def bad_images(items: list[Item]) -> list[str]:
+def bad_images(addresses: Iterable[str]) -> list[str]:
     """What is wrong with each image that cannot be decoded."""
 
     def reason(address: str) -> str | None:
@@ -940,7 +937,7 @@ def bad_images(items: list[Item]) -> list[str]:
             return str(error)
 
     with ThreadPool() as pool:  # threads: Pillow decodes without holding Python's lock
-        return [why for why in pool.imap(reason, dict(items), 64) if why]
+        return [why for why in pool.imap(reason, addresses, 64) if why]
 
 
 def train_transform(preprocess, augment: str):
@@ -988,7 +985,7 @@ def load_images(images: ImageSet, lists: list[list[int]], args, text: str) -> It
     try:
         yield from progress(loader, text)
     except UserError as error:
-        bad = "; ".join(bad_images(images.items)) or error
+        bad = "; ".join(bad_images(address for address, _ in images.items)) or error
         raise UserError(f"broken images, mend or remove them: {bad}") from error
 
 
