@@ -22,12 +22,12 @@ import os
 import random
 import re
 import sys
-import unicodedata
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from PIL import Image, ImageOps
@@ -125,8 +125,7 @@ def progress(things: Iterable, text: str) -> tqdm:
         "delay": 60,
         "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n",
     }
-    # Of several processes one speaks.
-    silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"
+    silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"  # of several one speaks
     return tqdm(things, text, leave=False, disable=silent, **({} if terminal else rare))
 
 
@@ -307,8 +306,9 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     """The row of a dataset and its image folder; with --download torchvision fetches it. A toy
     task is found whole."""
     if name in world.TASKS:
-        source = Source("", template=world.TASKS[name].template)
-        return Found(name, source, "", *world.task_items(name))
+        return Found(
+            name, Source("", template=world.TASKS[name].template), "", *world.task_items(name)
+        )
     kind, _, path = name.partition(":")
     own = kind in OWN and path
     known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
@@ -316,8 +316,9 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     require(own or name in SOURCES, f"no dataset is called {name!r}: {advice}")
     source = OWN[kind] if own else SOURCES[name]
     data_root = os.path.expanduser(args.data_root)
-    places = [os.path.join(data_root, folder) for folder in source.images.split()]
-    places = places or [os.path.expanduser(path)]
+    places = [os.path.join(data_root, folder) for folder in source.images.split()] or [
+        os.path.expanduser(path)
+    ]
     fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
@@ -327,8 +328,9 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
     root = next(filter(os.path.isdir, places), "")
-    tried = " or ".join(places)
-    require(root, f"{name}: no images in {tried}, which is no folder: get {source.get}")
+    require(
+        root, f"{name}: no images in {' or '.join(places)}, which is no folder: get {source.get}"
+    )
     return Found(name, source, root)
 
 
@@ -412,12 +414,11 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
     fits = re.compile(found.source.paths).fullmatch
     rows = []
-    classes = {}  # of each folder with images, by its path below the root
     left = collections.Counter()
     folders = [(found.root, "", [os.path.realpath(found.root)])]  # grows on the way
     for folder, above, way in folders:  # way: the real paths of the folders that lead here
         for file in os.scandir(folder):
-            path = unicodedata.normalize("NFC", above + file.name)
+            path = above + file.name
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
             match = fits(path)
             image = file.name.lower().endswith(ENDINGS)
@@ -426,35 +427,34 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
                     left[f"folder {path}"] += 1
                 # A link to a folder on the way would have no end.
                 elif not any(f"{up}/".startswith(f"{real}/") for up in way):
-                    folders.append((file.path, f"{path}/", [*way, real]))
+                    folders.append((file.path, normalize("NFC", f"{path}/"), [*way, real]))
             elif file.name[0] == ".":
                 left["hidden files"] += 1
             elif match and image:
-                said = {"cls": "", "part": found.source.part, "domain": ""} | match.groupdict("")
-                rows.append((file.path, said["cls"], said["part"], said["domain"]))
+                said = match.groupdict("")
+                part = said.get("part", found.source.part)
+                rows.append((file.path, said.get("cls", ""), part, said.get("domain", "")))
                 found.real[file.path] = real
-                classes[above[:-1]] = said
             elif path != "classnames.txt":
                 ending = os.path.splitext(path)[1] or "no ending"
                 left["no class folder" if image else ending] += 1
     text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()))
     tell(found.notes, text and ":" in found.name, f"left out: {text}")
     require(rows, f"{found.name}: no images in {found.root}: needed is {found.source.get}")
-    check_parts(found, classes)
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
-def check_parts(found: Found, said: dict[str, dict]) -> None:
+def check_parts(found: Found, rows: list[Row]) -> None:
     """UserError for folders of parts beside or below folders of classes, for too many or too few
-    parts. Notes say which of your own folders are parts, and that images lie below classes.
-
-    said: of each folder with images, by its path below the root, the class, part and domain.
-    """
+    parts. Notes say which of your own folders are parts, and that images lie below classes."""
     own = ":" in found.name
-    inside = {path: one for path, one in said.items() if not one["domain"]}
+    folders = {address.rpartition(os.sep)[0]: row for address, *row in rows}
+    said = {below(folder, found.root): row for folder, row in folders.items()}
     is_part = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
-    parts = sorted({path.split("/")[0] for path in inside if is_part(path)})
-    classes = sorted({one["cls"] for one in inside.values() if not one["part"]})
+    parts = sorted(
+        {p.split("/")[0] for p, (*_, domain) in said.items() if is_part(p) and not domain}
+    )
+    classes = sorted({cls for cls, part, domain in said.values() if not (part or domain)})
     require(
         not (parts and classes),
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
@@ -467,7 +467,7 @@ def check_parts(found: Found, said: dict[str, dict]) -> None:
         f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
     )
     tell(found.notes, own and parts, f"the folders {', '.join(parts)} are read as parts")
-    deep = sorted(path for path in said if own and path.split("/")[-1] != said[path]["cls"])
+    deep = sorted(p for p, (cls, *_) in said.items() if own and p.split("/")[-1] != cls)
     if deep:
         found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
     inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
@@ -480,6 +480,7 @@ def check_parts(found: Found, said: dict[str, dict]) -> None:
 def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     """What the paths say, or published lists. Where there are domains: the rows of those to train
     on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
+    check_parts(found, rows)
     lists = found.source.lists
     if not has_domains(found):
         return read_lists(found, rows, [(lists[p], p, "") for p in lists]) if lists else rows
@@ -556,7 +557,7 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
 def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
     folders in order, where it is clear which order: not for 1, 10, 2."""
-    lines = [unicodedata.normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
+    lines = [normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
     starts = tuple(folder + sign for folder in folders for sign in " ,;:=")
     if not any("\t" in line or line.startswith(starts) for line in lines):
         natural = sorted(  # as file managers do it
@@ -615,8 +616,11 @@ def split_rest(found: Found) -> None:
     train = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if train and not sets[part, ""]]
     if "test" in missing or (missing and ood):
-        kept = dict.fromkeys(missing, 0.1) | {"train": 1}  # the last part takes the rest
-        shares = kept if ood else {"train": 0.5, "val": 0.2, "test": 1}
+        shares = (
+            dict.fromkeys(missing, 0.1) | {"train": 1}  # the last part takes the rest
+            if ood
+            else {"train": 0.5, "val": 0.2, "test": 1}
+        )
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
@@ -645,16 +649,17 @@ def split_rest(found: Found) -> None:
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     """A note on images that are there twice, by their identity; a fault where they are both trained
     and tested on."""
+    addresses = [address for items in found.sets.values() for address, _ in items]
+    if len({identity[address] for address in addresses}) == len(addresses):
+        return
     uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
     same = group(uses, lambda use: identity[use[0]]).values()
     twice = [list(zip(*copies)) for copies in same if len(copies) > 1]  # addresses, labels, parts
     classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
     apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-    tell(
-        found.notes,
-        twice,
+    found.notes.append(
         f"{len(twice)} images are there {how}, {classes} of them in two classes, "
-        f"{apart} in two parts",
+        f"{apart} in two parts"
     )
     found.faults += [
         f"{at['train']}, trained on, and {at['test']}, tested on, are one image: remove one"
@@ -665,7 +670,7 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
 
 def below(address: str, root: str) -> str:
     """An address without its root, the same wherever the dataset lies."""
-    return unicodedata.normalize("NFC", address[len(root) :].replace(os.sep, "/").lstrip("/"))
+    return normalize("NFC", address[len(root) :].replace(os.sep, "/").lstrip("/"))
 
 
 # 4. DRAWS: each is a pure function of its seed, so that no generator's state has to be saved ------
@@ -784,7 +789,7 @@ def load_task(args: argparse.Namespace) -> Task:
     tests = make_tests(found, args.classes, args.test_part, template)
     others = [read(other, args, trained) for other in args.test_on]
     places = {place(one.name, one.root) for one in [found, *others]}
-    require(len(places) > len(others), f"{args.test_on}: one test set is there twice: name it once")
+    require(len(places) > len(others), f"{args.test_on}: one test set is there twice, or --dataset")
     for other in others:
         tests += make_tests(other, "all", args.test_part, other.source.template)
         tell(other.notes, args.template, f"its template is {other.source.template!r}")
@@ -834,7 +839,7 @@ def trained_on(tests: list[Test], run: dict) -> list[str]:
 
 
 def real_name(address: str) -> str:
-    return unicodedata.normalize("NFC", os.path.realpath(address))
+    return normalize("NFC", os.path.realpath(address))
 
 
 def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:
@@ -985,7 +990,7 @@ def load_images(images: ImageSet, lists: list[list[int]], args, text: str) -> It
     try:
         yield from progress(loader, text)
     except UserError as error:
-        bad = "; ".join(bad_images(address for address, _ in images.items)) or error
+        bad = "; ".join(bad_images(dict(images.items))) or error
         raise UserError(f"broken images, mend or remove them: {bad}") from error
 
 
