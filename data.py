@@ -789,7 +789,10 @@ def load_task(args: argparse.Namespace) -> Task:
     tests = make_tests(found, args.classes, args.test_part, template)
     others = [read(other, args, trained) for other in args.test_on]
     places = {place(one.name, one.root) for one in [found, *others]}
-    require(len(places) > len(others), f"{args.test_on}: one test set is there twice, or --dataset")
+    require(
+        len(places) > len(others),
+        f"--test-on {args.test_on}: one test set is there twice, or is --dataset",
+    )
     for other in others:
         tests += make_tests(other, "all", args.test_part, other.source.template)
         tell(other.notes, args.template, f"its template is {other.source.template!r}")
@@ -985,8 +988,12 @@ def load_images(images: ImageSet, lists: list[list[int]], args, text: str) -> It
 
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
-    n = min(args.workers, len(images) // 64)
-    loader = DataLoader(images, batch_sampler=lists, num_workers=n, pin_memory=args.device != "cpu")
+    loader = DataLoader(
+        images,
+        batch_sampler=lists,
+        num_workers=min(args.workers, len(images) // 64),
+        pin_memory=args.device != "cpu",
+    )
     try:
         yield from progress(loader, text)
     except UserError as error:
