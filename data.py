@@ -123,10 +123,11 @@ def progress(things: Iterable, text: str) -> tqdm:
         "mininterval": 60,
         "maxinterval": 60,
         "delay": 60,
+        "leave": True,
         "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n",
     }
     silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"  # of several one speaks
-    return tqdm(things, text, leave=False, disable=silent, **({} if terminal else rare))
+    return tqdm(things, text, disable=silent, **({"leave": False} if terminal else rare))
 
 
 def read_text(path: Path, parse: Callable = str):
