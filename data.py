@@ -121,7 +121,7 @@ def progress(things: Iterable, text: str) -> tqdm:
     terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
     rare = {
         "mininterval": 60,
-        "maxinterval": 60,
+        "miniters": 1,
         "delay": 60,
         "leave": True,
         "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n",
