@@ -963,7 +963,7 @@ def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> 
 
 
 def end_epoch(
-    out: Path, epoch: int, epochs: int, module: torch.nn.Module, optimizer, line: dict, **note
+    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, last=False, **note
 ) -> None:
     """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
     last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
@@ -983,8 +983,7 @@ def end_epoch(
     numbers = {name: read.get(name, value) for name, value in line.items()}
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **numbers}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    needed = optimizer if epoch + 1 < epochs else None
-    save_checkpoint(out, module, needed, epoch=epoch + 1, **note)
+    save_checkpoint(out, module, None if last else optimizer, epoch=epoch + 1, **note)
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -1035,7 +1034,8 @@ def write_result(
                 **{key: trained[key] for key in decided}}  # fmt: skip
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
-              "split": task.split, "harmonic_mean": harmonic_means(tests, trained["dataset"]),
+              "split": task.split,
+              "harmonic_mean": harmonic_means(tests) if trained["dataset"] == task.name else {},
               "seconds": round(time.time() - start, 2), "versions": VERSIONS,
               "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
@@ -1048,11 +1048,11 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1).clamp(min=torch.finfo(torch.float16).tiny).half()
 
 
-def harmonic_means(tests: list[dict], trained: str) -> dict[str, float]:
-    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains,
-    of the dataset that was trained on; {} if there is neither."""
+def harmonic_means(tests: list[dict]) -> dict[str, float]:
+    """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
+    {} if there is neither. Other datasets (--test-on) do not count."""
     first = tests[0]
-    own = [test for test in tests[1:] if test["dataset"] == first["dataset"] == trained]
+    own = [test for test in tests[1:] if test["dataset"] == first["dataset"]]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
     domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
     means = {}

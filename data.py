@@ -8,12 +8,13 @@ A dataset is a toy task (toyclip/world.py: no files), a name in SOURCES below, o
     folder:PATH   PATH/CLASS/*, or PATH/{train,val,test}/CLASS/*; PATH/ood/NAME/CLASS/* is tested on
     domains:PATH  PATH/DOMAIN/CLASS/*, with --train-domain or --test-domain
 PATH/classnames.txt may name the classes: a line "FOLDER<tab>NAME" for each, or names in order.
+
+To learn how draws and tasks are made read sections 4 to 6; the others read what people have.
 """
 
 import argparse
 import collections
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -21,12 +22,12 @@ import os
 import random
 import re
 import sys
-import unicodedata
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from PIL import Image, ImageOps
@@ -62,10 +63,17 @@ def require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
+def tell(told: list[str], condition: object, text: str) -> None:
+    """Add a note or a fault to its list, if the condition holds."""
+    if condition:
+        told.append(text)
+
+
 def run(main) -> None:
     """Run a script's main. What stops it is one line on stderr, no traceback, and an exit status:
     2 = the user's to mend, 1 = numbers that are not finite, no space, no memory, 130 = Ctrl-C."""
-    # Class names may hold what stdout cannot show. It may be a notebook's, or closed.
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, where it is None
+    # Class names may hold what stdout cannot show. It may be closed, or a notebook's.
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -91,7 +99,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return 1, "out of memory: try a smaller --memory-gb or --batch-size"
     if not isinstance(error, OSError):
         raise error
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = any(word in reason for word in ("No space left", "quota exceeded", "File too large"))
     return 1 if full else 2, f"{error.filename}: {reason}" if error.filename else reason
 
 
@@ -110,12 +118,16 @@ def write(path: Path, content: bytes) -> None:
 
 def progress(things: Iterable, text: str) -> tqdm:
     """A bar on stderr; where that is no terminal (a log file, a notebook), a line a minute."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    words = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n"
-    lines = {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": words}
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
-    more = {} if terminal else lines
-    return tqdm(things, text, leave=False, disable=sys.stderr is None or not first, **more)
+    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    rare = {
+        "mininterval": 60,
+        "miniters": 1,
+        "delay": 60,
+        "leave": True,
+        "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n",
+    }
+    silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"  # of several one speaks
+    return tqdm(things, text, disable=silent, **({"leave": False} if terminal else rare))
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -150,6 +162,7 @@ HELD_OUT = "held-out contexts"  # of NICO
 CONTEXT = "(?P<cls>[^/]+)/(?P<domain>[^/]+)/.+"
 # All of CoOp's split files but Food101's and SUN397's.
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"
+COPY = "huggingface.co/datasets/zhengli97/prompt_learning_dataset"  # not tried
 SOURCES = {
     "imagenet": Source("imagenet/images imagenet ImageNet ILSVRC2012",
                        "ILSVRC-2012 of image-net.org, unpacked to train/WNID/* and val/WNID/*",
@@ -162,7 +175,8 @@ SOURCES = {
                           "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.",
                           "split_zhou_OxfordPets.json"),
     "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test with "
-                            "5-digit file names, see github.com/pytorch/vision/issues/7545",
+                            "5-digit file names, see github.com/pytorch/vision/issues/7545, or "
+                            f"the copy at {COPY}",
                             split="split_zhou_StanfordCars.json"),
     "oxford_flowers": Source("oxford_flowers/jpg flowers-102/jpg",
                              "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
@@ -177,7 +191,8 @@ SOURCES = {
                             "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
     "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, so that "
-                     "SUN397/a/abbey/*.jpg is there", split="split_zhou_SUN397.json"),
+                     f"SUN397/a/abbey/*.jpg is there, or the copy at {COPY}",
+                     split="split_zhou_SUN397.json"),
     "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD by --download",
                   "{} texture.", "a texture of {}.", "split_zhou_DescribableTextures.json"),
     "eurosat": Source("eurosat/2750", "torchvision.EuroSAT by --download",
@@ -240,19 +255,20 @@ class Found:
     real: dict[str, str] = field(default_factory=dict)  # of every image: where links lead
 
 
-def read(name: str, args: argparse.Namespace) -> Found:
+def read(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
     """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
-    what."""
-    found = find(name, args)
+    what. trained: names and places of what is trained on, if that is known; of others nothing has
+    to be held out."""
+    found = find(name, args, trained)
     more = ["and more: see data.py --check-images"] if len(found.faults) > 5 else []
     require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5] + more)}")
     return found
 
 
-def find(name: str, args: argparse.Namespace) -> Found:
+def find(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
     """The same with its faults, as far as they do not keep it from being read."""
     found = locate(name, args)
-    found.whole = not trained_here(found, args)
+    found.whole = trained is not None and trained.isdisjoint({name, place(name, found.root)})
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
     require(
         has_domains(found) or not any(flags),
@@ -278,14 +294,9 @@ def find(name: str, args: argparse.Namespace) -> Found:
     return found
 
 
-def trained_here(found: Found, args: argparse.Namespace) -> bool:
-    """Whether this dataset is trained on: it is --dataset or, with --eval, what that run was
-    trained on, by its name or its folder. Of others nothing has to be held out."""
-    if not vars(args).get("eval"):
-        return found.name == args.dataset
-    config = read_json(Path(args.eval, "config.json"))
-    same_folder = found.root and real_name(found.root) == real_name(config["root"])
-    return same_folder or found.name == config["settings"]["dataset"]
+def place(name: str, root: str) -> str:
+    """What tells a dataset from others, however it is spelt: its real folder, if it has one."""
+    return name if name in world.TASKS else real_name(root)
 
 
 def has_domains(found: Found) -> bool:
@@ -296,19 +307,19 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     """The row of a dataset and its image folder; with --download torchvision fetches it. A toy
     task is found whole."""
     if name in world.TASKS:
-        source = Source("", template=world.TASKS[name].template)
-        return Found(name, source, "", *world.task_items(name))
+        return Found(
+            name, Source("", template=world.TASKS[name].template), "", *world.task_items(name)
+        )
     kind, _, path = name.partition(":")
-    if kind in OWN and path:
-        root = os.path.expanduser(path)
-        require(os.path.isdir(root), f"{root} is no folder: expected are images {root}/CLASS/*.jpg")
-        return Found(name, OWN[kind], root)
+    own = kind in OWN and path
     known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
     advice = f"did you mean folder:{name}?" if os.path.isdir(name) else f"use {', '.join(known)}"
-    require(name in SOURCES, f"no dataset is called {name!r}: {advice}")
-    source = SOURCES[name]
+    require(own or name in SOURCES, f"no dataset is called {name!r}: {advice}")
+    source = OWN[kind] if own else SOURCES[name]
     data_root = os.path.expanduser(args.data_root)
-    places = [os.path.join(data_root, place) for place in source.images.split()]
+    places = [os.path.join(data_root, folder) for folder in source.images.split()] or [
+        os.path.expanduser(path)
+    ]
     fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
@@ -317,17 +328,19 @@ def locate(name: str, args: argparse.Namespace) -> Found:
             getattr(datasets, fetch[1])(data_root, download=True)
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
-    there = list(filter(os.path.isdir, places))
-    require(there, f"{name}: no images in {' or '.join(places)}: get {source.get}")
-    return Found(name, source, there[0])
+    root = next(filter(os.path.isdir, places), "")
+    require(
+        root, f"{name}: no images in {' or '.join(places)}, which is no folder: get {source.get}"
+    )
+    return Found(name, source, root)
 
 
 def find_file(found: Found, file: str, url: str = "") -> Path:
     """A file that belongs to a dataset, beside its image folder or near; or fetched from `url`."""
-    root, above = Path(found.root), Path(found.root).parent
-    near = [above, root, above / "splits", root / "splits"]
-    near += [above / "imagenet", above.parent / "imagenet"]  # of its variants
-    path = next((p / file for p in near if (p / file).is_file()), above / file)
+    root, up = Path(found.root), Path(found.root).parent
+    # Names of classes lie beside ImageNet, and are for its variants, too.
+    near = [up, root, up / "splits", root / "splits", up / "imagenet", up.parent / "imagenet"]
+    path = next((p / file for p in near if (p / file).is_file()), up / file)
     if url and not path.is_file():
         try:
             content = urllib.request.urlopen(url).read()
@@ -335,18 +348,19 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
             raise UserError(f"{url} could not be fetched: {error}") from error
         write(path, content)
     if not path.is_file():
-        raise Missing(f"{path} is missing: try --download, or see CoOp's DATASETS.md")
+        raise Missing(f"{path} is missing: try --download, CoOp's DATASETS.md, or {COPY}")
     return path
 
 
 def address_of(found: Found, path: str, where: str) -> str:
     """The address of an image that a list names by its path below the root."""
     address = os.path.join(found.root, *path.replace("\\", "/").split("/"))
-    file = os.path.basename(address).lower()
-    missing = address not in found.real
-    near = [a for a in found.real if os.path.basename(a).lower() == file] if missing else []
-    advice = f"it has to say {below(near[0], found.root)}" if near else "unpack the images again"
-    require(not missing, f"{where}: no image {address}: {advice}")
+    if address not in found.real:
+        # Perhaps only what stands before it differs (./, images/, /abs), or capital letters do.
+        known = (below(other, found.root) for other in found.real)
+        near = [k for k in known if f"/{path}".lower().endswith(f"/{k}".lower())]
+        advice = f"it has to say {near[0]}" if near else "unpack the images again"
+        raise UserError(f"{where}: no image {address}: {advice}")
     return address
 
 
@@ -367,8 +381,8 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
                 f"{where} is not [path, label, class name]",
             )
             path, label, name = row
-            known = names.setdefault(label, name)
-            require(known == name, f"{where}: this label is {known!r} before")
+            names.setdefault(label, name)
+            require(names[label] == name, f"{where}: this label is {names[label]!r} before")
             rows.append((address_of(found, path, where), label, part, ""))
     names = dict(sorted(names.items()))
     require(
@@ -396,38 +410,37 @@ def read_lists(found: Found, rows: list[Row], lists: list[tuple[str, str, str]])
 
 def walk(found: Found, args: argparse.Namespace) -> list[Row]:
     """The images below the root whose paths fit the pattern, class by class; their real paths go to
-    found.real. What is left out of your own folders is counted, by reason, in a note."""
+    found.real. What is left out of your own folders is said in a note."""
     # A run's own folders, which may lie among the photos.
     own = {os.path.realpath(vars(args).get(key) or "runs") for key in ("cache_dir", "out_dir")}
+    fits = re.compile(found.source.paths).fullmatch
     rows = []
     left = collections.Counter()
-    fits = re.compile(found.source.paths).fullmatch
     folders = [(found.root, "", [os.path.realpath(found.root)])]  # grows on the way
-    for folder, place, way in folders:  # way: the real paths of the folders that lead here
+    for folder, above, way in folders:  # way: the real paths of the folders that lead here
         for file in os.scandir(folder):
+            path = above + file.name
             real = os.path.realpath(file.path) if file.is_symlink() else f"{way[-1]}/{file.name}"
-            match = fits(place + file.name)
+            match = fits(path)
+            image = file.name.lower().endswith(ENDINGS)
             if file.is_dir():
                 if file.name.startswith((".", "__")) or real in own:
-                    left[f"folder {place}{file.name}"] += 1
+                    left[f"folder {path}"] += 1
                 # A link to a folder on the way would have no end.
                 elif not any(f"{up}/".startswith(f"{real}/") for up in way):
-                    below_root = unicodedata.normalize("NFC", f"{place}{file.name}/")
-                    folders.append((file.path, below_root, [*way, real]))
+                    folders.append((file.path, normalize("NFC", f"{path}/"), [*way, real]))
             elif file.name[0] == ".":
                 left["hidden files"] += 1
-            elif place + file.name != "classnames.txt" and not file.name.lower().endswith(ENDINGS):
-                left[os.path.splitext(file.name)[1] or "no ending"] += 1
-            elif match:
+            elif match and image:
                 said = match.groupdict("")
                 part = said.get("part", found.source.part)
                 rows.append((file.path, said.get("cls", ""), part, said.get("domain", "")))
                 found.real[file.path] = real
-            elif file.name != "classnames.txt":
-                left["no class folder"] += 1
-    if left and ":" in found.name:
-        text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()))
-        found.notes.append(f"left out: {text}")
+            elif path != "classnames.txt":
+                ending = os.path.splitext(path)[1] or "no ending"
+                left["no class folder" if image else ending] += 1
+    text = ", ".join(f"{n} ({why})" for why, n in sorted(left.items()))
+    tell(found.notes, text and ":" in found.name, f"left out: {text}")
     require(rows, f"{found.name}: no images in {found.root}: needed is {found.source.get}")
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
@@ -435,77 +448,71 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
 def check_parts(found: Found, rows: list[Row]) -> None:
     """UserError for folders of parts beside or below folders of classes, for too many or too few
     parts. Notes say which of your own folders are parts, and that images lie below classes."""
-    folders = {address.rpartition(os.sep)[0]: (cls, domain) for address, cls, _, domain in rows}
-    paths = {below(folder, found.root): of for folder, of in folders.items()}
-    special = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
-    parts = sorted({path.split("/")[0] for path in paths if special(path) and not paths[path][1]})
-    classes = sorted({cls for _, cls, part, domain in rows if not (part or domain)})
+    own = ":" in found.name
+    folders = {address.rpartition(os.sep)[0]: row for address, *row in rows}
+    said = {below(folder, found.root): row for folder, row in folders.items()}
+    is_part = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
+    parts = sorted(
+        {p.split("/")[0] for p, (*_, domain) in said.items() if is_part(p) and not domain}
+    )
+    classes = sorted({cls for cls, part, domain in said.values() if not (part or domain)})
     require(
         not (parts and classes),
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
         "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
     )
-    deep = sorted(path for path, (cls, _) in paths.items() if path.split("/")[-1] != cls)
-    inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
-    own = ":" in found.name
-    require(
-        not (own and inner),
-        f"{found.root}: images lie in {inner[:1]}: a part stands above its classes: train/CLASS/*",
-    )
-    if own and deep:
-        found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
-    kinds = sorted(PARTS[folder.lower()] for folder in parts)
+    kinds = sorted(PARTS[part.lower()] for part in parts)
     require(
         kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
         or (found.whole and kinds == ["test"]),
         f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
     )
-    if own and parts:
-        found.notes.append(f"the folders {', '.join(parts)} are read as parts")
+    tell(found.notes, own and parts, f"the folders {', '.join(parts)} are read as parts")
+    deep = sorted(p for p, (cls, *_) in said.items() if own and p.split("/")[-1] != cls)
+    if deep:
+        found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
+    inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
+    require(
+        not inner,
+        f"{found.root}: images lie in {inner[:1]}: a part stands above its classes: train/CLASS/*",
+    )
 
 
 def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     """What the paths say, or published lists. Where there are domains: the rows of those to train
     on, now without a domain, and of those to test on, by the flags (train, test) or the source."""
-    lists = found.source.lists
     check_parts(found, rows)
+    lists = found.source.lists
     if not has_domains(found):
-        files = [(lists[part], part, "") for part in lists]
-        return read_lists(found, rows, files) if files else rows
+        return read_lists(found, rows, [(lists[p], p, "") for p in lists]) if lists else rows
     train, test = flags if any(flags) else found.source.domains
     if found.name.startswith("nico") and not any(flags):
         found.notes.append("of a class's n contexts the last round(0.3 n), by name, are held out")
-        rows = hold_out_contexts(rows)
+        contexts = group(sorted({(cls, d) for _, cls, _, d in rows}), lambda pair: pair[0]).values()
+        held = {pair for own in contexts for pair in own[len(own) - round(0.3 * len(own)) :]}
+        rows = [(*row, HELD_OUT if (row[1], d) in held else "seen") for *row, d in rows]
     known = sorted({domain for *_, domain in rows})
-    test = test or (known if found.whole else [])
-    train = train or [domain for domain in known if domain not in test]
+    untrained = found.whole and ":" in found.name  # then every domain is tested on
+    train = train or [domain for domain in known if not untrained and domain not in test]
     test = test or [domain for domain in known if domain not in train]
-    some = test and (train or found.whole)
-    good = some and {*train, *test} <= {*known} and not {*train} & {*test}
     require(
-        good,
+        test and (train or untrained) and {*train, *test} <= {*known} and not {*train} & {*test},
         f"{found.name}: trains on {train}, tests on {test}: "
         f"name --train-domain or --test-domain, of {', '.join(known)}",
     )
     other = dict.fromkeys(train, "") | {domain: domain for domain in test}
     if lists:
-        of = {part: test if part == "ood" else train for part in lists}
-        files = [(lists[part].format(d), part, other[d]) for part in lists for d in of[part]]
+        files = [
+            (lists[part].format(domain), part, other[domain])
+            for part in lists
+            for domain in other
+            if (part == "ood") == (domain in test)
+        ]
         try:
             return sorted(read_lists(found, rows, files), key=lambda row: row[1].lower())
         except Missing as error:
             found.notes.append(f"not by its published lists: {error}")
     return [(address, cls, part, other[d]) for address, cls, part, d in rows if d in other]
-
-
-def hold_out_contexts(rows: list[Row]) -> list[Row]:
-    """NICO, whose classes have contexts of their own: some of each class's are for testing."""
-    contexts = group(sorted({(cls, context) for _, cls, _, context in rows}), lambda pair: pair[0])
-    seen = {pair for own in contexts.values() for pair in own[: len(own) - round(0.3 * len(own))]}
-    return [
-        (address, cls, part, "seen" if (cls, context) in seen else HELD_OUT)
-        for address, cls, part, context in rows
-    ]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -551,7 +558,7 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
 def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
     folders in order, where it is clear which order: not for 1, 10, 2."""
-    lines = [unicodedata.normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
+    lines = [normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
     starts = tuple(folder + sign for folder in folders for sign in " ,;:=")
     if not any("\t" in line or line.startswith(starts) for line in lines):
         natural = sorted(  # as file managers do it
@@ -578,10 +585,9 @@ def check_names(found: Found, names: dict) -> None:
     from open_clip import SimpleTokenizer
 
     encode = SimpleTokenizer().encode
-    twins = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
-    same = [texts for tokens, texts in twins.items() if len(texts) > 1 or not tokens]
-    if len(names) < 2:
-        found.faults.append(f"the classes are {[*names.values()]}: two are needed")
+    prompts = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
+    same = [texts for tokens, texts in prompts.items() if len(texts) > 1 or not tokens]
+    tell(found.faults, len(names) < 2, f"the classes are {[*names.values()]}: two are needed")
     if found.name.startswith("imagenet"):  # whose own list has such pairs
         found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
     else:
@@ -589,52 +595,54 @@ def check_names(found: Found, names: dict) -> None:
 
 
 def split_rest(found: Found) -> None:
-    """A val without a test is the test part. A missing test part is ours, and so is a missing val
-    where there are further test sets: the same for every seed, so that all seeds share a test set.
-    Every part has its share of each class, rounded (CoOp's rule).
+    """A val without a test is the test part. Without both all images are tested on, if nothing is
+    trained on. Else a missing test part is ours, and so is a missing val where there are further
+    test sets: the same for every seed, so that all seeds share a test set. Every part has its share
+    of each class, rounded (CoOp's rule).
 
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
     """
     sets = found.sets
     ood = any(domain for _, domain in sets)
-    if found.whole and not sets["test", ""]:
-        sets["test", ""] = [*sets.pop(("train", "")), *sets.pop(("val", ""))]
-        sets |= {("train", ""): [], ("val", ""): []}
-        found.notes.append(f"all its {len(sets['test', ''])} images are tested on")
     if sets["val", ""] and not (sets["test", ""] or found.source.lists):  # PACS's lists: val stays
         sets["test", ""], sets["val", ""] = sets["val", ""], []
         found.notes.append("its val is the test part")
+    if found.whole and not sets["test", ""]:
+        sets["test", ""], sets["val", ""] = sets["train", ""] + sets["val", ""], []
+        n = sum(len(items) for (part, _), items in sets.items() if part == "test")
+        found.notes.append(f"all its {n} images are tested on")
+    if found.whole:
+        sets["train", ""] = []
     train = group(sets["train", ""], lambda item: item[1])
-    missing = [part for part in ("val", "test") if not sets[part, ""] and train]
+    missing = [part for part in ("val", "test") if train and not sets[part, ""]]
     if "test" in missing or (missing and ood):
-        plain = {"train": 0.5, "val": 0.2, "test": 1}  # the last part takes the rest
-        shares = {**dict.fromkeys(missing, 0.1), "train": 1} if ood else plain
+        shares = (
+            dict.fromkeys(missing, 0.1) | {"train": 1}  # the last part takes the rest
+            if ood
+            else {"train": 0.5, "val": 0.2, "test": 1}
+        )
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
         for label, images in train.items():
             n = len(images)
-            if n < 4 and not ood:
-                found.faults.append(
-                    f"{n} images of class {found.classnames[label]!r} cannot be split 50/20/30: "
-                    "4 are needed"
-                )
+            text = f"images of class {found.classnames[label]!r} cannot be split 50/20/30"
+            tell(found.faults, n < 4 and not ood, f"{n} {text}: 4 are needed")
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
+            rest = iter(images)
             for part, share in shares.items():
-                k = round(share * n)
-                sets[part, ""] += images[:k]
-                images = images[k:]
-        if ood and not sets["test", ""]:
-            found.faults.append("too few images to split: 6 a class are needed")
+                sets[part, ""] += itertools.islice(rest, round(share * n))
+        few = ood and not sets["test", ""]
+        tell(found.faults, few, "too few images to split: 6 a class are needed")
     told = found.notes if has_domains(found) else found.faults
+    tested = {label for _, label in sets["test", ""]}
+    untested = [cls for label, cls in enumerate(found.classnames) if label not in tested]
     told += [
         f"class {cls!r} has no training image: add one, or remove its other images"
         for label, cls in enumerate(found.classnames)
         if train and label not in train
     ]
-    tested = {label for _, label in sets["test", ""]}
-    untested = [cls for label, cls in enumerate(found.classnames) if label not in tested]
     if tested and untested:
         found.notes.append(f"{len(untested)} classes have no test image, as {untested[0]!r}")
 
@@ -642,10 +650,10 @@ def split_rest(found: Found) -> None:
 def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
     """A note on images that are there twice, by their identity; a fault where they are both trained
     and tested on."""
-    items = list(itertools.chain(*found.sets.values()))
-    if len({identity[address] for address, _ in items}) == len(items):
+    addresses = [address for items in found.sets.values() for address, _ in items]
+    if len({identity[address] for address in addresses}) == len(addresses):
         return
-    uses = [(*item, part) for (part, _), those in found.sets.items() for item in those]
+    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
     same = group(uses, lambda use: identity[use[0]]).values()
     twice = [list(zip(*copies)) for copies in same if len(copies) > 1]  # addresses, labels, parts
     classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
@@ -654,16 +662,16 @@ def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
         f"{len(twice)} images are there {how}, {classes} of them in two classes, "
         f"{apart} in two parts"
     )
-    for addresses, _, parts in twice:
-        path = dict(zip(parts, addresses))
-        if {"train", "test"} <= path.keys():
-            fault = f"{path['train']}, trained on, and {path['test']}, tested on, are one image"
-            found.faults += {f"{fault}: remove one"} - {*found.faults}  # a link is a copy, too
+    found.faults += [
+        f"{at['train']}, trained on, and {at['test']}, tested on, are one image: remove one"
+        for at in (dict(zip(parts, addresses)) for addresses, _, parts in twice)
+        if {"train", "test"} <= at.keys()
+    ]
 
 
 def below(address: str, root: str) -> str:
     """An address without its root, the same wherever the dataset lies."""
-    return unicodedata.normalize("NFC", address[len(root) :].replace(os.sep, "/").lstrip("/"))
+    return normalize("NFC", address[len(root) :].replace(os.sep, "/").lstrip("/"))
 
 
 # 4. DRAWS: each is a pure function of its seed, so that no generator's state has to be saved ------
@@ -700,7 +708,7 @@ def fewshot(train: list[Item], val: list[Item], shots, seed: int) -> tuple[list[
     def draw(items: list[Item], k: int) -> list[Item]:
         classes = group(items, lambda item: item[1]).values()
         drawn = [rng.sample(own, k) if len(own) >= k else own for own in classes]
-        return list(itertools.chain(*drawn))
+        return [item for own in drawn for item in own]
 
     return (train, val) if shots == "all" else (draw(train, shots), draw(val, min(shots, 4)))
 
@@ -754,13 +762,9 @@ class Task:
     val: list[Item]
     tests: list[Test]
     notes: list[str]
-    lines: list[str] = field(default_factory=list)  # "path below root<tab>label", trained on
-    root: str = ""
-
-    @property
-    def split(self) -> str:
-        """Hash of the training images."""
-        return fingerprint(self.lines)
+    lines: list[str]  # "path below the root<tab>label" of each image trained on
+    split: str  # hash of the lines
+    root: str
 
     def validation(self) -> list[Test]:
         """The validation part of the training classes."""
@@ -771,81 +775,89 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
     what that run was trained on."""
-    name = args.dataset
     require(
         re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"),
         f"--template {args.template!r} needs one {{}}, where the class name goes",
     )
-    found = read(name, args)
+    run = read_json(Path(args.eval, "config.json")) if args.eval else {"settings": vars(args)}
+    name = run["settings"]["dataset"]
+    trained = {name, place(name, run["root"])} if args.eval else {name}
+    found = read(args.dataset, args, trained)
     n = len(found.classnames)
-    require(args.classes == "all" or n > 3, f"{name}: {n} classes have no base and new half")
-    classnames = found.classnames[: n if args.classes == "all" else (n + 1) // 2]
+    require(args.classes == "all" or n > 3, f"{found.name}: {n} classes have no base and new half")
+    labels = range(n if args.classes == "all" else (n + 1) // 2)
     template = args.template or found.source.template
-    teacher = args.template or found.source.teacher or template
     tests = make_tests(found, args.classes, args.test_part, template)
-    notes = found.notes
-    places = [real_name(found.root) if found.root else name]
-    for other in args.test_on:
-        target = read(other, args)
-        tests += make_tests(target, "all", args.test_part, target.source.template)
-        own = [f"its template is {target.source.template!r}"] if args.template else []
-        notes += [f"{other}: {note}" for note in own + target.notes]
-        places.append(real_name(target.root) if target.root else other)
-        require(len({*places}) == len(places), f"{other} is tested on twice: name it once")
-    task = Task(name, classnames, template, teacher, [], [], tests, notes, [], found.root)
-    evaluated = vars(args).get("eval")
-    if not evaluated:
-        draw(task, found.sets, args)
-    trained = {"train": task.lines, "root": task.root, "settings": vars(args)}
-    config = read_json(Path(evaluated, "config.json")) if evaluated else trained
-    task.lines = config["train"]
-    seen = trained_on(task, config)
-    told = [f"{len(seen)} test images are trained on, as {address}" for address in seen[:1]]
-    require(evaluated or not seen, f"{''.join(told)}: remove them")
-    task.notes += told
-    return task
+    others = [read(other, args, trained) for other in args.test_on]
+    places = {place(one.name, one.root) for one in [found, *others]}
+    require(
+        len(places) > len(others),
+        f"--test-on {args.test_on}: one test set is there twice, or is --dataset",
+    )
+    for other in others:
+        tests += make_tests(other, "all", args.test_part, other.source.template)
+        tell(other.notes, args.template, f"its template is {other.source.template!r}")
+        found.notes += [f"{other.name}: {note}" for note in other.notes]
+    train, val = ([], []) if args.eval else draw(found, labels, args)
+    run = {"train": item_lines(train, found.root), "root": found.root} | run
+    seen = trained_on(tests, run)
+    text = f"{len(seen)} test images are trained on, as {min(seen, default='')}"
+    require(args.eval or not seen, f"{text}: remove them")
+    tell(found.notes, seen, text)
+    return Task(
+        name=found.name,
+        classnames=found.classnames[: len(labels)],
+        template=template,
+        teacher_template=args.template or found.source.teacher or template,
+        train=train,
+        val=val,
+        tests=tests,
+        notes=found.notes,
+        lines=run["train"],
+        split=fingerprint(run["train"]),
+        root=found.root,
+    )
 
 
-def draw(task: Task, sets: dict[tuple[str, str], list[Item]], args: argparse.Namespace) -> None:
-    """Put the few shots of the task's classes into it."""
-    require(sets["train", ""], f"{task.name} is for testing only: train with --test-on {task.name}")
-    drawn = fewshot(sets["train", ""], sets["val", ""], args.shots, args.seed)
-    labels = range(len(task.classnames))
-    task.train, task.val = (keep_labels(items, labels) for items in drawn)
-    task.lines = item_lines(task.train, task.root)
-    least = min(collections.Counter(label for _, label in task.train).values(), default=0)
-    if args.shots != "all" and least < args.shots:
-        task.notes.append(f"a class has {least} training images, no more")
+def draw(found: Found, labels: range, args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
+    """The few shots of these classes to train and to validate on."""
+    require(found.sets["train", ""], f"{found.name} is for testing only: name it in --test-on")
+    drawn = fewshot(found.sets["train", ""], found.sets["val", ""], args.shots, args.seed)
+    train, val = (keep_labels(items, labels) for items in drawn)
+    least = min(collections.Counter(label for _, label in train).values(), default=0)
+    few = args.shots != "all" and least < args.shots
+    tell(found.notes, few, f"a class has {least} training images, no more")
+    return train, val
 
 
-def trained_on(task: Task, config: dict) -> list[str]:
+def trained_on(tests: list[Test], run: dict) -> list[str]:
     """The test images that the run with this config.json is trained on. Those of its own dataset,
     which may have moved, are compared by their paths below its folder, others by real paths."""
-    trained = {line.rpartition("\t")[0] for line in config["train"]}
-    own = [test for test in task.tests if test.name == config["settings"]["dataset"]]
+    trained = {line.rpartition("\t")[0] for line in run["train"]}
+    own = [test for test in tests if test.name == run["settings"]["dataset"]]
     seen = [a for test in own for a, _ in test.items if below(a, test.root) in trained]
-    others = [a for test in task.tests if test not in own for a, _ in test.items]
-    if others:  # real paths of all trained images take a while to ask for
-        real = {real_name(os.path.join(config["root"], path)) for path in trained}
-        seen += [address for address in others if real_name(address) in real]
-    return seen
+    others = [a for test in tests if test not in own for a, _ in test.items]
+    # Real paths of all trained images take a while to ask for.
+    real = {real_name(os.path.join(run["root"], path)) for path in (trained if others else ())}
+    return seen + [address for address in others if real_name(address) in real]
 
 
 def real_name(address: str) -> str:
-    return unicodedata.normalize("NFC", os.path.realpath(address))
+    return normalize("NFC", os.path.realpath(address))
 
 
 def make_tests(found: Found, classes: str, part: str, template: str) -> list[Test]:
     """In-distribution first, all classes or base and new; then the other domains."""
     n = len(found.classnames)
-    halves = {"base": range((n + 1) // 2), "new": range((n + 1) // 2, n)}
-    domains = {domain: items for (of, domain), items in found.sets.items() if of == part}
-    tests = []
-    for domain, items in domains.items():
-        for which, labels in ({"all": range(n)} if classes == "all" else halves).items():
-            names, own = found.classnames[labels.start : labels.stop], keep_labels(items, labels)
-            test = Test(found.name, domain, which, names, template, own, found.root)
-            tests += [test] if own else []
+    half = (n + 1) // 2
+    halves = {"all": range(n)} if classes == "all" else {"base": range(half), "new": range(half, n)}
+    tests = [
+        Test(found.name, domain, which, found.classnames[labels.start : labels.stop], template,
+             keep_labels(items, labels), found.root)
+        for (of, domain), items in found.sets.items()
+        for which, labels in halves.items()
+        if of == part and any(label in labels for _, label in items)
+    ]  # fmt: skip
     require(tests, f"{found.name} has no images in its {part} part")
     return tests
 
@@ -913,18 +925,18 @@ def read_image(address: str) -> Image.Image:
 def check_images(found: Found) -> None:
     """A fault for every image that cannot be read, and for copies that are trained and tested on; a
     note on other copies."""
-    items = list(itertools.chain(*found.sets.values()))
-    content = {file: file for file, _ in items}
-    readable = [file for file in content if os.access(file, os.R_OK)]  # no link to nothing, no toy
-    content |= {file: hashlib.sha1(Path(file).read_bytes()).digest() for file in readable}
+    content = {
+        file: hashlib.sha1(Path(file).read_bytes()).digest() if os.access(file, os.R_OK) else file
+        for items in found.sets.values()
+        for file, _ in items  # a link to nothing and a toy image cannot be accessed
+    }
     check_overlaps(found, content, "as copies")
-    bad = bad_images(items)
-    found.faults += bad
-    if not bad:
-        found.notes.append("all images can be read")
+    bad = bad_images(content)
+    found.faults = list(dict.fromkeys(found.faults + bad))  # a link is a copy, too: named once
+    tell(found.notes, not bad, "all images can be read")
 
 
-def bad_images(items: list[Item]) -> list[str]:
+def bad_images(addresses: Iterable[str]) -> list[str]:
     """What is wrong with each image that cannot be decoded."""
 
     def reason(address: str) -> str | None:
@@ -934,7 +946,7 @@ def bad_images(items: list[Item]) -> list[str]:
             return str(error)
 
     with ThreadPool() as pool:  # threads: Pillow decodes without holding Python's lock
-        return [why for why in pool.imap(reason, dict(items), 64) if why]
+        return [why for why in pool.imap(reason, addresses, 64) if why]
 
 
 def train_transform(preprocess, augment: str):
@@ -977,29 +989,33 @@ def load_images(images: ImageSet, lists: list[list[int]], args, text: str) -> It
 
     Short lists are decoded in this process: starting another one costs more than 64 images do.
     """
-    n = min(args.workers, len(images) // 64)
-    pinned = args.device != "cpu"
-    loader = DataLoader(images, batch_sampler=lists, num_workers=n, pin_memory=pinned)
+    loader = DataLoader(
+        images,
+        batch_sampler=lists,
+        num_workers=min(args.workers, len(images) // 64),
+        pin_memory=args.device != "cpu",
+    )
     try:
         yield from progress(loader, text)
     except UserError as error:
-        bad = bad_images(images.items) or [str(error)]
-        raise UserError(f"broken images, mend or remove them: {'; '.join(bad)}") from error
+        bad = "; ".join(bad_images(dict(images.items))) or error
+        raise UserError(f"broken images, mend or remove them: {bad}") from error
 
 
 # 7. THE COMMAND: what is there --------------------------------------------------------------------
 def describe(found: Found, whole: bool) -> None:
     """A line about a dataset; then its notes, and the images of each class and part."""
-    sets = {f"ood {domain}" if domain else p: items for (p, domain), items in found.sets.items()}
-    sizes = ", ".join(f"{len(items)} {part}" for part, items in sets.items() if items)
+    counts = {
+        f"ood {domain}" if domain else part: collections.Counter(label for _, label in items)
+        for (part, domain), items in found.sets.items()
+    }
+    sizes = ", ".join(f"{count.total()} {part}" for part, count in counts.items() if count)
     print(f"{found.name:30} {len(found.classnames)} classes; {sizes}; in {found.root or 'toyclip'}")
-    if not whole:
-        return
-    print("".join(f"note: {note}\n" for note in found.notes), end="")
-    counts = {part: collections.Counter(y for _, y in items) for part, items in sets.items()}
-    for label, cls in enumerate(found.classnames):
-        shown = [f"{count[label]} {part}" for part, count in counts.items() if count[label]]
-        print(f"{label:5}  {cls:30}", *shown)
+    if whole:
+        print("".join(f"note: {note}\n" for note in found.notes), end="")
+        for label, cls in enumerate(found.classnames):
+            shown = [f"{count[label]} {part}" for part, count in counts.items() if count[label]]
+            print(f"{label:5}  {cls.replace('_', ' '):30}", *shown)
 
 
 def main(argv: list[str] | None = None) -> None:

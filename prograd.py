@@ -27,6 +27,8 @@ Equations (numbered by this file: the paper could not be read in full)
     λ            lam                       a number                      --lam (0 = plain CoOp)
     T            T                         a number                      --temperature
     s, f         clip.scale, CLIP's image encoder                        --model --pretrained
+    B images in a batch, N in a set, C classes, M context vectors; W entries of a token, the text
+    transformer's width; D entries of a feature, of an image or of a text
 
 Frozen: all of CLIP (both encoders, token embeddings, s). Learned: the M context vectors. Why it
 helps: at λ = 1, g has no component against g_g, so to first order the label loss falls without
@@ -34,24 +36,27 @@ moving away from zero-shot CLIP. (That holds for g on this batch; momentum and w
 after.) When it does not help: where zero-shot CLIP is wrong in a systematic way (a new kind of
 image), moving away from it is just what learning needs; hence λ < 1 with many shots.
 
-PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/Prompt-align at
-1b76203, is followed)
- 1. λ: the paper has 1, and 0.8 at 16 shots. The code's README, which --paper follows, has 0.8 at 8
-    and 16 shots on Flowers102, DTD and EuroSAT, and else 1.
- 2. Context length: the paper has M = 16 for few-shot, 4 for its other protocols; the code's scripts
-    have 16 everywhere.
- 3. Start: the code puts the template's words into the last of the M slots and zero vectors before;
-    its CoOp baseline starts at random, so that the two differ in more than the method. Here --init
-    sets the start of both: --lam 0 differs from ProGrad by λ alone.
- 4. The code counts the template's words, we its tokens. "a type of pet, a photo of a" is 8 words
-    and 9 tokens: there 8 tokens become context, and the last, "a", stays before the class name as
-    an ordinary token that is not learned; here all 9 are context.
- 5. L_kl in the code is Eq. 3: KL(p_zs | p) and the teacher's entropy, times T²; the entropy has no
-    gradient. Eq. 5 does not depend on the size of g_g, so that the factor T² matters for --rule add
-    and for the logged loss alone. (T itself matters: it changes the direction of g_g.)
- 6. The code projects each parameter tensor by itself. There is one, the context, also with --csc.
-    A context for each class that starts at the template is ours; all classes start alike.
- 7. Precision: the code's context, gradients and projection are fp16. Here they are fp32.
+PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/Prompt-align at
+1b76203, and is followed; FILE:LINES are below its folder ProGrad.public/.)
+ 1. λ: the paper has 1, and 0.8 at 16 shots. The code's README.md:52, which --paper follows, has 0.8
+    at 8 and 16 shots on Flowers102, DTD and EuroSAT, and else 1.
+ 2. Context length: the paper has M = 16 for few-shot, 4 for its other protocols; the code has 16
+    everywhere (README.md:54-58, scripts/base2new_train_prograd.sh:12).
+ 3. Start: the code puts the template's words into the last of the M slots and zero vectors before
+    (trainers/prograd.py:90-93); its CoOp baseline starts at random (train.py:97,
+    trainers/coop.py:100-109), so that the two differ in more than the method. Here --init sets the
+    start of both: --lam 0 differs from ProGrad by λ alone.
+ 4. The code counts the template's words (trainers/prograd.py:82), we its tokens. "a type of pet, a
+    photo of a" is 8 words and 9 tokens: there 8 tokens become context, and the last, "a", stays
+    before the class name as an ordinary token that is not learned; here all 9 are context.
+ 5. L_kl: the paper's is KL(p_zs | p), the code's the cross-entropy of Eq. 3
+    (trainers/prograd.py:288-291). At one T their gradients differ by the factor T² alone, and
+    Eq. 5 does not depend on the length of g_g: T² matters for --rule add and for the logged loss.
+ 6. The code projects each parameter tensor by itself, where the cosine is below 0
+    (../Dassl.ProGrad.pytorch/dassl/engine/trainer.py:335-345). There is one tensor, the context,
+    also with --csc. The code's contexts for each class start at random
+    (trainers/prograd.py:97-104); that they start at the template, all alike, is ours.
+ 7. Precision: fp16 in the code (train.py:98) for context, gradients and projection; fp32 here.
  8. The paper's ProGrad++ has no released code. Here --teacher ensemble averages the unit text
     features of OpenAI's 80 templates for ImageNet (toyclip: of its captions' templates).
 
@@ -79,12 +84,17 @@ Tensor = torch.Tensor
 
 
 def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
-    """Remove from g_d the component that conflicts with g_g (Eq. 5). Both of one shape, any shape.
+    """Remove from g_d the component that conflicts with g_g (Eq. 5). g_d, g_g: of one shape, any;
+    the inner product is over the whole tensor.
 
-    One inner product over the whole tensor. g_g = 0 and "no conflict" both give g_d; λ = 1 leaves g
-    orthogonal to g_g. WHY several workers must not project their own gradients and average the
-    results: the projection is not linear, and a mean of projected gradients can conflict with the
-    mean g_g. Average g_d and g_g first, then project.
+    Without a conflict, or where g_g is 0, the result is g_d. In a conflict λ = 1 makes it
+    orthogonal to g_g. However small g_g is, its direction counts. So it does in the first step from
+    a context that equals the teacher's prompt: there p = p_zs, so that g_g should be 0 and is
+    rounding noise below 1e-8. The first epoch's rate of 1e-5 keeps that step small.
+
+    WHY several workers must not project their own gradients and average the results: the projection
+    is not linear, and a mean of projected gradients can conflict with the mean g_g. Average g_d and
+    g_g first, then project.
 
     >>> g_d, g_g = torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 0.0])
     >>> project_gradient(g_d, g_g)  # <g_d, g_g> = -3 < 0: the first entry undoes g_g
@@ -94,13 +104,13 @@ def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
     """
     dot = (g_d * g_g).sum()
     norm2 = (g_g * g_g).sum().clamp(min=torch.finfo(g_g.dtype).tiny)  # never 0 / 0
-    # Eq. 5: g = g_d - λ · dot / |g_g|² · g_g, where dot < 0
+    # Eq. 5: g = g_d - λ · dot / |g_g|² · g_g; clamp makes a dot above 0, an agreement, 0
     return g_d - lam * dot.clamp(max=0) / norm2 * g_g
 
 
 def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
     """Cross-entropy from the zero-shot prediction, times T² (Eq. 3). logits, zs_logits [B, C] →
-    a scalar, nats. It is the KL divergence plus the zero-shot prediction's entropy.
+    a scalar, nats. It is KL(p_zs | p) plus the entropy of p_zs, which has no gradient: hence "kl".
 
     WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size
     comparable when T changes.
@@ -129,11 +139,11 @@ class PromptLearner(torch.nn.Module):
         self.context = torch.nn.Parameter(context.clone())
 
     def names(self, classnames: list[str]) -> Names:
-        """The class names as `forward` wants them."""
+        """The class names as `forward` wants them: tokenised, to stand behind M context vectors."""
         M = self.context.shape[-2]
         if self.context.dim() == 2:
             return common.name_tokens(self.clip, classnames, M)
-        return common.name_tokens(self.clip, classnames, 0, own=M)
+        return common.name_tokens(self.clip, classnames, 0, own=M)  # M free places before each
 
     def forward(self, names: Names) -> Tensor:
         """names(classnames) → text features [C, D], unnormalised."""
@@ -142,23 +152,29 @@ class PromptLearner(torch.nn.Module):
             prefix = torch.cat([prefix, self.context[None]], dim=1)  # [1, 1 + M, W]
         else:
             names = with_contexts(self.context, names)
+        # WHY gradients=True in evaluation, too: one precision, that of training.
         with common.autocast(self.clip, gradients=True):
-            return common.encode_prompts(self.clip, prefix, names)[0]
+            return common.encode_prompts(self.clip, prefix, names)[0]  # of the one prefix
 
 
 def with_contexts(context: Tensor, names: Names) -> Names:
-    """--csc: the context [C, M, W] differs by class, so it fills the places kept free before the
-    class's own name."""
-    rows = names.rows.flatten(0, 1).index_add(0, names.own, context.flatten(0, 1))
-    return dataclasses.replace(names, rows=rows.view_as(names.rows))
+    """--csc: put each class's context (context [C, M, W]) before its own name.
+
+    All names stand side by side in names.rows [R, S, W]. Before each are M free places, which hold
+    position embeddings alone; names.own [C · M] are their numbers, class by class, in the rows laid
+    end to end.
+    """
+    places = names.rows.flatten(0, 1).index_add(0, names.own, context.flatten(0, 1))  # [R · S, W]
+    return dataclasses.replace(names, rows=places.view_as(names.rows))
 
 
 def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int) -> Tensor:
-    """[M, W]: the tokens of the template's words before {}, if there are any, else of "a photo of
-    a", in the last slots, and zeros before; or N(0, 0.02²)."""
+    """Where the context starts, [M, W]. init "template": the tokens of the template's words before
+    {} (of "a photo of a", where there are none) in the last of M = n_ctx slots, and zeros before;
+    "random": N(0, 0.02²). UserError for more words than slots."""
     if init == "random":
         noise = torch.randn(n_ctx, clip.width, generator=data.generator(seed, "context"))
-        return 0.02 * noise.to(common.start_of_text(clip))
+        return 0.02 * noise.to(common.start_of_text(clip))  # its device and dtype
     words = common.word_tokens(clip, template.split("{}")[0].strip() or "a photo of a")  # [k, W]
     k = len(words)
     require(k <= n_ctx, f"{template!r} has {k} tokens: use --n-ctx {k} or more, or --init random")
@@ -168,9 +184,11 @@ def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int)
 def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) -> Tensor:
     """Zero-shot CLIP's unit text features [C, D], of one template or of many (ProGrad++)."""
     if args.teacher == "template":
-        return common.zero_shot_classifier(clip, task.classnames, [task.teacher_template])
-    openai = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]  # toyclip lacks their words
-    templates = data.world.CAPTION_TEMPLATES if clip.name == "toyclip" else openai
+        templates = [task.teacher_template]
+    elif clip.name == "toyclip":  # it does not know the words of the others
+        templates = data.world.CAPTION_TEMPLATES
+    else:
+        templates = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
     return common.zero_shot_classifier(clip, task.classnames, templates)
 
 
@@ -179,8 +197,8 @@ def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) ->
 SETTINGS = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature": 1.0, "n_ctx": 16,
             "init": "template", "csc": False, "batch_size": 32, "momentum": 0.9,
             "weight_decay": 5e-4}
-# The paper's base-to-new protocol, 4 shots. Its rate of 0.002 belongs to CLIP's logit scale of 100;
-# toyclip's is 21. As many steps as the paper's runs take, see defaults.
+# On toy data: the paper's base-to-new protocol, 4 shots. The paper's rate is 0.002 at CLIP's logit
+# scale s = 100. Gradients have s as a factor, and toyclip's is 21: 0.002 · 100 / 21 is about 0.01.
 TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip",
                   "shots": 4, "lr": 0.01, "augment": "none", "views": 1, "compare": True}
 PAPER = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "lr": 0.002,
@@ -189,15 +207,17 @@ PAPER = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "
 
 
 def defaults(run: dict) -> dict:
-    """The settings of a run on this dataset with so many shots, where no flag says otherwise."""
+    """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
+    earlier run; "dataset" at least."""
     if run["dataset"].startswith("toy_"):
-        # 100, 200, 400, 1,200, 2,400 steps on 12 classes. The paper's runs on 24 to 50 classes take
-        # 50, 100 to 300, 300 to 600, 1,200 to 2,400, 2,400 to 5,000.
+        # About as many steps as the paper's runs with 1, 2, 4, 8, 16 shots. Those, on 24 to 50
+        # classes: 50, 100 to 300, 300 to 600, 1,200 to 2,400, 2,400 to 5,000. These, on 12 classes:
+        # 100, 200, 400, 1,200, 2,400.
         epochs = {1: 100, 2: 200}.get(run.get("shots", 4), 400)
         return TOY | {"epochs": epochs, "classes": "all" if run.get("csc") else "base"}
     shots = run.get("shots", 16)
     settings = PAPER | {"epochs": {1: 50, 2: 100, 4: 100}.get(shots, 200)}
-    if ":" in run["dataset"]:  # your own images: fresh views of each epoch take hours on a CPU
+    if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
         settings["views"] = 10
     if run.get("paper") and run["dataset"] == "imagenet":
         settings["epochs"] = 50
@@ -212,7 +232,7 @@ FLAGS = {
     "--teacher": {"choices": ["template", "ensemble"], "help": "one prompt, or ProGrad++"},
     "--temperature": {"type": float, "metavar": "T", "help": "of Eq. 3; more = softer predictions"},
     "--n-ctx": {"type": int, "metavar": "M", "help": "context tokens; fewer for new classes"},
-    "--init": {"choices": ["template", "random"], "help": "its words, or N(0, 0.02²)"},
+    "--init": {"choices": ["template", "random"], "help": "the template's words, or N(0, 0.02²)"},
     "--csc": {"action": "store_true", "help": "a context for each class, and no new classes"},
     "--momentum": {"type": float, "metavar": "X", "help": "of SGD"},
     "--weight-decay": {"type": float, "metavar": "X", "help": "of SGD, after the projection"},
@@ -220,20 +240,15 @@ FLAGS = {
 
 
 def build_parser() -> data.Parser:
-    return common.new_parser(__doc__, "ProGrad", FLAGS, defaults)
+    return common.new_parser(__doc__, "ProGrad (Eq. n: see the file's head)", FLAGS, defaults)
 
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
 def step(
-    learner: PromptLearner,
-    names: Names,
-    teacher: Tensor,
-    x: Tensor,
-    labels: Tensor,
-    args: argparse.Namespace,
+    learner: PromptLearner, names: Names, teacher: Tensor, x: Tensor, labels: Tensor, args
 ) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], the teacher's unit text features [C, D]
-    → [L_ce, L_kl, cosine of g_d and g_g, whether they conflict]. Sets context.grad to g."""
+    → [L_ce, L_kl, cosine of g_d and g_g, 1 where they conflict or 0]. Sets context.grad to g."""
     text = F.normalize(learner(names), dim=-1)  # [C, D]
     # Eq. 1: logits = s · cos(f(x), t)
     logits = learner.clip.scale * x @ text.T  # [B, C]
@@ -250,7 +265,8 @@ def step(
     else:
         learner.context.grad = g_d + args.lam * g_g
     cosine = F.cosine_similarity(g_d.flatten(), g_g.flatten(), dim=0)
-    return torch.stack([loss_ce, loss_kl, cosine, (cosine < 0).to(cosine)]).detach()
+    conflict = ((g_d * g_g).sum() < 0).to(cosine)  # by the rule of Eq. 5
+    return torch.stack([loss_ce, loss_kl, cosine, conflict]).detach()
 
 
 def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
@@ -258,14 +274,15 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
     checkpoint in `out`, if there is one."""
     context = initial_context(clip, task.teacher_template, args.n_ctx, args.init, args.seed)
     if args.csc:
-        context = context.expand(len(task.classnames), -1, -1)
+        context = context.expand(len(task.classnames), -1, -1)  # [C, M, W]
     learner = PromptLearner(clip, context)
     names = learner.names(task.classnames)
     teacher = teacher_classifier(args, clip, task)
     validation = common.encode_tests(args, clip, task.validation()) if args.eval_every else []
-    hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.SGD(learner.parameters(), **hyper)
-    first = common.resume(out, learner, optimizer)
+    optimizer = torch.optim.SGD(
+        learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
     for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
         # Eq. 6: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
@@ -277,23 +294,26 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
             # Eq. 6: v <- SGD(v, g)
             optimizer.step()
         loss_ce, loss_kl, cosine, conflict = torch.stack(seen).mean(dim=0)
-        line = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine}
-        line["conflict"] = conflict  # the share of steps in which the gradients conflict
+        # Means over the epoch's steps: "conflict" is the share of steps with a conflict.
+        line = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine,
+                "conflict": conflict}  # fmt: skip
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
         note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+        common.end_epoch(
+            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs, **note
+        )
     return learner
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
+# tools/ call class_logits and read_learner of each method file alike: `template` is for proreg.py.
 @torch.no_grad()
 def class_logits(
     learner: PromptLearner, clip: Clip, classnames: list[str], x: Tensor, template: str = ""
 ) -> Tensor:
-    """Logits [N, C] of unit image features x [N, D] among any class names. (`template` is for
-    proreg.py's function of this name.)"""
+    """Logits [N, C] of unit image features x [N, D] among any class names."""
     text = learner(learner.names(classnames))
     return clip.scale * x @ F.normalize(text, dim=-1).T
 
@@ -309,17 +329,18 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
 
 
 def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result."""
+    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
+    the test sets, as frozen CLIP sees them."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    trained = read_learner(args.eval, args, clip) if args.eval else None
-    learner = trained or train(args, clip, task, views, out)
-    found = []
-    for frozen in encoded:
-        found.append({"tuned": class_logits(learner, clip, frozen.test.classnames, frozen.x)})
-    name = method_name(args)
-    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
+    learner = (read_learner(args.eval, args, clip) if args.eval
+               else train(args, clip, task, views, out))  # fmt: skip
+    found = [{"tuned": class_logits(learner, clip, frozen.test.classnames, frozen.x)}
+             for frozen in encoded]  # fmt: skip
+    return common.write_result(
+        out, method_name(args), args, clip, task, encoded, found, start, baseline
+    )
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
@@ -327,15 +348,19 @@ def method_name(args: argparse.Namespace) -> str:
     """What these settings are called in tables."""
     if args.epochs == 0:
         return "untrained"
-    return "CoOp" if args.lam == 0 else "ProGrad" if args.rule == "project" else "CE + KL"
+    if args.lam == 0:
+        return "CoOp"
+    return "ProGrad" if args.rule == "project" else "CE + KL"
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds."""
     args = common.settle(build_parser(), argv, "prograd", defaults)
-    other = args.csc and (args.classes == "base" or args.test_on)
-    advice = "leave out --classes base and --test-on"
-    require(not other, f"--csc has no context for classes outside training: {advice}")
+    unseen = args.classes == "base" or args.test_on
+    require(
+        not (args.csc and unseen),
+        "--csc has no context for classes outside training: leave out --classes base and --test-on",
+    )
     task = data.load_task(args)
     if args.csc and args.eval:
         same = common.read_run(args.eval)["classnames"] == task.classnames

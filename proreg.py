@@ -16,7 +16,8 @@ Equations (numbered by this file: the paper could not be read in full)
             the prompt is, 0 where only the tuned model is
     Eq. 5   L = mean of (1 - w) L_ce + α mean of w L_kl                          --loss proreg
     Eq. 6   L = (1 - α) mean of L_ce + α mean of L_kl                            --loss kd
-    Eq. 7   f, t, log s <- AdamW, at a rate that rises linearly from 0, then falls linearly to 0
+    Eq. 7   f, t, log s <- AdamW, at a rate that rises linearly from 0, then falls linearly; it
+            would be 0 again one step after the last
     Eq. 8   logits: (1 - A) of the tuned model's + A of zero-shot CLIP's         --ensemble A
     Eq. 9   f, t, log s: (1 - A) of the tuned ones + A of those at the start     --wise-ft A
 
@@ -26,6 +27,8 @@ Equations (numbered by this file: the paper could not be read in full)
     p_zs         softmax of zs_logits                [B, C]           f, t, s frozen at the start
     w, k         adaptive_weight, power              [B], number      --power (10 as released)
     α, T         alpha, T                            numbers          --alpha --temperature
+    B images in a batch, b in the part of it that is computed at a time (--accumulate, several
+    processes), N in a set, C classes; D entries of a feature, of an image or of a text
 
 Learned: the image encoder and the classifier. Frozen: the teacher, a second image encoder, which
 sees the same augmented view of each image (one forward pass a step; without augmentation one in
@@ -37,22 +40,26 @@ not take, not where zero-shot CLIP is wrong throughout. k = 10 and a prompt that
 logit scale, as toyclip's 21) leave w near 0: plain fine-tuning. α is a factor in Eq. 5, a share in
 Eq. 6.
 
-PAPER vs CODE: (the paper as others restate it; the code, github.com/BeierZhu/ProReg at 102ff0b, is
-followed)
- 1. k = 10 in the code; commented out are k = 1 and a ratio of losses. The paper's own weight was
-    not seen.
- 2. No weight decay on biases. Of layer norms the code names another model's, so CLIP's are decayed,
-    as t and log s are.
- 3. AdamW is PyTorch's, not that of `transformers`; RandAugment(2, 9) is torchvision's, with other
-    operations.
+PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/ProReg at 102ff0b,
+and is followed; FILE:LINES are below its folder vilt/, or config/.)
+ 1. k = 10 in the code (modules/losses.py:60-62); commented out are k = 1 and a ratio of losses
+    (17-49). The paper's own weight was not seen.
+ 2. No weight decay on biases. Of layer norms the code exempts those called norm, norm1, norm2
+    (modules/vilt_utils.py:74-84), as in ViLT. CLIP's are called ln_pre, ln_1, ln_2 and ln_post, and
+    are decayed, as t and log s are.
+ 3. AdamW is PyTorch's, not that of `transformers` (modules/vilt_utils.py:4, 136); RandAugment(2, 9)
+    is torchvision's, with other operations than the code's (transforms/randaug.py).
  4. The partial last batch is kept, averaged over its own size. The code averages the means of parts
-    (of processes and of --accumulate) even where these have different sizes; here parts are
-    weighted, so that they learn what one batch would.
- 5. The code keeps the epoch that is best on validation images (for BAR and DomainNet the ID test
-    images), looked at twice an epoch. Here the last step is reported; --select val looks at the
-    validation part after every epoch.
- 6. A `_` in a class name is a blank here; the code leaves it.
- 7. Batch norm (RN50, toyclip) keeps CLIP's running statistics; its scale and shift are tuned.
+    (of processes and of accumulated steps, ../run.py:44-63) even where these have different sizes;
+    here parts are weighted, so that they learn what one batch would.
+ 5. The code keeps the epoch that is best on validation images (../run.py:23-29), looked at twice an
+    epoch (config.py:114). For DomainNet these are the ID test images
+    (datasets/domain_net_dataset.py:15-16), and for BAR those that accuracy is measured on, as its
+    test part has no labels there (datasets/bar_dataset.py:29-32). Here the last step is reported;
+    --select val looks at the validation part after every epoch.
+ 6. A `_` in a class name is a blank here; the code leaves it (modules/vilt_module.py:29).
+ 7. Batch norm (RN50, toyclip) keeps CLIP's running statistics; its scale and shift are tuned. (The
+    code's CLIPs have none.)
  8. The paper's experiment on VQA-CP (with ViLT) is not in the code and not here.
 
     python proreg.py                                                   # toy world, toy CLIP
@@ -65,8 +72,6 @@ import argparse
 import copy
 import dataclasses
 import datetime
-import itertools
-import math
 import os
 import sys
 import time
@@ -76,7 +81,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 
 import common
 import data
@@ -99,11 +103,10 @@ def adaptive_weight(
     >>> adaptive_weight(sure, sure, label), adaptive_weight(wrong, sure, label)
     (tensor([0.5000]), tensor([1.0000]))
     """
-    with torch.no_grad():
-        p = (-label_losses(logits, labels)).exp()  # [B]
-        p_zs = (-label_losses(zs_logits, labels)).exp()
-        # Eq. 4: w = p_zs^k / ( p + p_zs^k + 1e-5 )
-        return p_zs**power / (p + p_zs**power + 1e-5)
+    p = (-label_losses(logits.detach(), labels)).exp()  # [B]
+    p_zs = (-label_losses(zs_logits.detach(), labels)).exp()
+    # Eq. 4: w = p_zs^k / ( p + p_zs^k + 1e-5 )
+    return p_zs**power / (p + p_zs**power + 1e-5)
 
 
 def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ def distillation_losses(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Te
 
 
 def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
-    """The mean of Eq. 3 over the batch, as in prograd.py. logits, zs_logits [B, C] → scalar, nats.
+    """The mean of Eq. 3 over the batch. logits, zs_logits [B, C] → scalar, nats.
 
     >>> distillation_loss(torch.zeros(2, 2), torch.zeros(2, 2))
     tensor(0.6931)
@@ -179,46 +182,38 @@ def proreg_loss(
 
 
 # 2. MODEL: CLIP's image encoder, and a classifier that starts as the zero-shot prompt -------------
-class PromptedClassifier(nn.Module):
+class PromptedClassifier(torch.nn.Module):
     """A copy of CLIP's image encoder and, of the text side, only the features of the training
     classes' prompts.
 
     text_features [C, D] stay unnormalised, as released. WHY that matters: Adam's steps have one
-    size, so the length of a row sets how fast it turns. head "mlp": two layers from a random start
-    in their place, the papers' ordinary fine-tuning without a prompt.
+    size, so the length of a row sets how fast it turns. head "mlp": no prompt, but two layers from
+    a random start, cls_head, which is the papers' ordinary fine-tuning.
     """
 
     def __init__(
         self, clip: Clip, classnames: list[str], template: str, head: str = "text", seed: int = 1
     ):
         super().__init__()
+        # clip.start: the image encoder in fp32, where the frozen one is held in half precision.
+        visual = copy.deepcopy(clip.start or clip.model.visual).requires_grad_(True)
         # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
-        visual = copy.deepcopy(clip.start or clip.model.visual)
-        visual = visual.to(clip.device, memory_format=torch.contiguous_format)
-        self.visual = visual.requires_grad_(True)
+        self.visual = visual.to(clip.device, memory_format=torch.contiguous_format)
         self.classnames = classnames  # of the classifier's rows
         self.template = template
-        self.cls_head = None
         text = common.prompt_features(clip, classnames, template)  # [C, D]
+        self.cls_head = random_layers(text, seed) if head == "mlp" else None
         if head == "text":
-            self.text_features = nn.Parameter(text.clone())  # [C, D]
-            self.logit_scale = nn.Parameter(clip.model.logit_scale.detach().clone())  # log s
-            return
-        C, D = text.shape
-        layers = [nn.Linear(D, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), nn.Linear(2 * D, C)]
-        draw = data.generator(seed, "mlp head")
-        for layer in (layers[0], layers[3]):
-            nn.init.normal_(layer.weight, std=0.02, generator=draw)
-            nn.init.zeros_(layer.bias)
-        self.cls_head = nn.Sequential(*layers).to(text)
+            self.text_features = torch.nn.Parameter(text.clone())  # [C, D]
+            self.logit_scale = torch.nn.Parameter(clip.model.logit_scale.detach().clone())  # log s
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, D], unnormalised."""
         return self.visual(images)
 
     def forward(self, features: Tensor, text: Tensor | None = None) -> Tensor:
-        """Image features [B, D] → logits [B, C] by the learned classifier, or by other `text`
-        [C, D]. Call it outside autocast."""
+        """Image features [B, D] → logits [B, C] by the learned classifier, or by `text`, the
+        features [C, D] of other prompts. Call it outside autocast."""
         if self.cls_head is not None:
             return self.cls_head(features.to(self.cls_head[0].weight))  # unnormalised, as released
         text = self.text_features if text is None else text
@@ -227,13 +222,25 @@ class PromptedClassifier(nn.Module):
         return self.logit_scale.exp() * x @ F.normalize(text, dim=-1).T
 
 
+def random_layers(text: Tensor, seed: int) -> torch.nn.Sequential:
+    """--head mlp: [B, D] → [B, C], of the size, device and dtype of `text` [C, D]."""
+    C, D = text.shape
+    first, last = torch.nn.Linear(D, 2 * D), torch.nn.Linear(2 * D, C)
+    draw = data.generator(seed, "mlp head")
+    for layer in (first, last):
+        torch.nn.init.normal_(layer.weight, std=0.02, generator=draw)
+        torch.nn.init.zeros_(layer.bias)
+    return torch.nn.Sequential(first, torch.nn.LayerNorm(2 * D), torch.nn.GELU(), last).to(text)
+
+
 def parameter_groups(
     learner: PromptedClassifier, lr: float, factor: float, weight_decay: float
 ) -> list[dict]:
-    """AdamW's groups as released: the head at `factor` times the rate; no decay on what its list
-    names. "peak" is the rate that warmup_linear's share is of."""
+    """AdamW's groups as released: what is not the image encoder (t and log s, or cls_head) at
+    `factor` times the rate; no decay of what has one of `exempt` in its name (see PAPER vs CODE 2).
+    "peak": the group's highest rate."""
     groups = {}
-    for name, parameter in learner.named_parameters():  # AdamW passes over those without gradient
+    for name, parameter in learner.named_parameters():
         exempt = ("bias", "norm.weight", "norm1.weight", "norm2.weight")
         decay = 0.0 if any(part in name for part in exempt) else weight_decay
         peak = lr if name.startswith("visual.") else lr * factor
@@ -242,8 +249,8 @@ def parameter_groups(
 
 
 def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
-    """The rate of step 0 .. steps - 1, as a share of its peak: from 0 up over the first steps, then
-    down towards 0.
+    """The rate of step 0 .. steps - 1 (Eq. 7), as a fraction of its peak: in the first `warmup` of
+    the steps up from 0, then down.
 
     >>> [round(warmup_linear(step, 10, 0.2), 3) for step in (0, 1, 2, 9)]
     [0.0, 0.5, 1.0, 0.125]
@@ -258,21 +265,23 @@ SETTINGS = {"loss": "proreg", "classes": "all", "temperature": 1.0, "head": "tex
             "select": "last", "shots": "all", "betas": [0.9, 0.98], "weight_decay": 0.01,
             "warmup": 0.1, "accumulate": 1, "views": 0, "ensemble": [], "wise_ft": []}
 # WHY k = 1 on toy data: toyclip's logit scale is 21 and not CLIP's 100. Its prompt is seldom sure
-# of a label, so that p_zs^10 is nearly 0, which is plain fine-tuning.
+# of a label, so that p_zs^10, and with it w, is nearly 0, which is plain fine-tuning.
 TOY = SETTINGS | {"dataset": "toy_shapes_biased", "model": "toyclip", "lr": 3e-4, "epochs": 8,
                   "head_lr_factor": 1.0, "batch_size": 64, "augment": "none", "power": 1.0,
                   "compare": True}
 PAPER = SETTINGS | {"model": "ViT-B-32", "pretrained": "openai", "lr": 1e-5, "epochs": 10,
                     "head_lr_factor": 100.0, "batch_size": 256, "augment": "randaugment",
                     "power": 10.0, "compare": False}
-# α of each loss, and with --paper that of the released configuration file of a dataset.
+# α of each loss, and with --paper of a dataset: config/bar/prompt_xERM.yaml:8,
+# config/nico_vehicle/prompt_xERM.yaml:6 and config/nico_animal/prompt_proreg.yaml:6 as released.
 ALPHA = {"proreg": {"default": 2.0, "bar": 1.0, "nico_vehicle": 1.5}, "ce": {"default": 0.0},
          "kd": {"default": 0.5, "nico_animal": 0.9}}
 # fmt: on
 
 
 def defaults(run: dict) -> dict:
-    """The settings of a run on this dataset with this loss, where no flag says otherwise."""
+    """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
+    earlier run; "dataset" at least."""
     alphas = ALPHA[run.get("loss", "proreg")]
     alpha = alphas.get(run["dataset"] if run.get("paper") else "default", alphas["default"])
     return (TOY if run["dataset"].startswith("toy_") else PAPER) | {"alpha": alpha}
@@ -285,11 +294,11 @@ FLAGS = {
     "--temperature": {"type": float, "metavar": "T", "help": "of Eq. 3"},
     "--head": {"choices": ["text", "mlp"], "help": "the prompt's features, or random layers"},
     "--train": {"choices": ["all", "head"], "help": "head: the classifier alone"},
-    "--head-lr-factor": {"type": float, "metavar": "X", "help": "the head's rate, in --lr"},
+    "--head-lr-factor": {"type": float, "metavar": "X", "help": "the head's rate is X times --lr"},
     "--betas": {"type": float, "nargs": 2, "metavar": "X", "help": "of AdamW"},
-    "--weight-decay": {"type": float, "metavar": "X", "help": "of AdamW; none on biases"},
+    "--weight-decay": {"type": float, "metavar": "X", "help": "of AdamW, not on biases"},
     "--warmup": {"type": float, "metavar": "X", "help": "share of steps with a rising rate"},
-    "--accumulate": {"type": int, "metavar": "K", "help": "parts of a batch, to save memory"},
+    "--accumulate": {"type": int, "metavar": "X", "help": "parts of a batch, to save memory"},
     "--select": {"choices": ["last", "val"], "help": "val: the epoch best on validation images"},
     "--ensemble": {"type": float, "nargs": "+", "metavar": "A", "help": "Eq. 8 at these A"},
     "--wise-ft": {"type": float, "nargs": "+", "metavar": "A", "help": "Eq. 9 at these A"},
@@ -297,13 +306,13 @@ FLAGS = {
 
 
 def build_parser() -> data.Parser:
-    return common.new_parser(__doc__, "ProReg", FLAGS, defaults)
+    return common.new_parser(__doc__, "ProReg (Eq. n: see the file's head)", FLAGS, defaults)
 
 
 PATIENCE = datetime.timedelta(minutes=5)  # until all processes have met
 
 
-# 4. TRAIN: K processes learn what one alone would learn -------------------------------------------
+# 4. TRAIN: several processes learn what one alone would learn -------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
     if not common.several_processes() or dist.is_initialized():
@@ -312,37 +321,36 @@ def join_processes(args: argparse.Namespace) -> None:
     if args.device != "cpu":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    world = os.environ["WORLD_SIZE"]
-    print(f"waiting for {world} processes, {PATIENCE} at most", file=sys.stderr)
+    print(f"waiting for {os.environ['WORLD_SIZE']} processes, {PATIENCE} at most", file=sys.stderr)
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, number, n = next(dist.rendezvous("env://", timeout=PATIENCE))
     except (ValueError, RuntimeError) as error:
-        told = f"{world} processes did not meet: start them by torchrun --nproc-per-node {world}"
-        raise common.UserError(f"{told} ({error})") from error
+        raise common.UserError(
+            f"the processes did not meet: start N by torchrun --nproc-per-node N ({error})"
+        ) from error
     dist.init_process_group(
         "nccl" if args.device != "cpu" else "gloo",
         store=store,
-        rank=rank,
-        world_size=world,
+        rank=number,
+        world_size=n,
         timeout=datetime.timedelta(days=1),  # the others wait while the first evaluates
     )
-    if rank > 0:
+    if number > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def processes() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def step(
-    learner: PromptedClassifier,
-    clip: Clip,
-    teacher: Callable,
-    images: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    args: argparse.Namespace,
+    learner: PromptedClassifier, clip: Clip, teacher, images: Tensor, labels: Tensor, index, args
 ) -> tuple[Tensor, Tensor]:
     """One part of a batch: images [b, 3, H, W], labels [b], index [b] (positions in the data) → its
     loss L, with a gradient, and for the log sums over its images of [1, L, L_ce, prediction right,
@@ -350,34 +358,37 @@ def step(
     with common.autocast(clip):
         features = learner.encode_image(images)  # [b, D]
     logits = learner(features)  # [b, C]
-    loss_ce = label_losses(logits, labels)
-    loss = loss_ce.mean()
-    w = torch.zeros_like(loss_ce)
-    if args.loss != "ce":
+    loss_ce = label_losses(logits, labels)  # [b]
+    if args.loss == "ce":
+        loss = loss_ce.mean()
+        w = torch.zeros_like(loss_ce)
+    else:
         zs_logits = teacher(images, index)
-        w = adaptive_weight(logits, zs_logits, labels, args.power)  # for the log
+        w = adaptive_weight(logits, zs_logits, labels, args.power)  # to log: the losses make theirs
     if args.loss == "proreg":  # Eq. 5
         loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
     if args.loss == "kd":  # Eq. 6
         loss = fixed_kd_loss(logits, zs_logits, labels, args.alpha, args.temperature)
-    right = (logits.argmax(dim=-1) == labels).to(w)
-    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce, right, w, (w > 0.5).to(w)]
+    numbers = [torch.ones_like(w), loss.expand_as(w), loss_ce,
+               (logits.argmax(dim=-1) == labels).to(w), w, (w > 0.5).to(w)]  # fmt: skip
     return loss, torch.stack(numbers).detach().sum(dim=1)
 
 
 def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
     """Fine-tune on task.train. Goes on from the checkpoint in `out`, if there is one."""
+    # eval: see PAPER vs CODE 7.
     learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed).eval()
-    learner.visual.requires_grad_(args.train == "all")
-    groups = parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay)
+    learner.visual.requires_grad_(args.train == "all")  # AdamW passes over what has no gradient
     # WHY fused: one kernel for all parameters, and no number is read on the way.
-    optimizer = torch.optim.AdamW(groups, args.lr, tuple(args.betas), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay),
+        args.lr, tuple(args.betas), eps=1e-8, fused=True,
+    )  # fmt: skip
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
-    views = training_stream(args, clip, task)
-    first = common.resume(out, learner, optimizer)
-    for epoch, batches in common.epochs(args, first, views, out.name):
+    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
+    for epoch, batches in common.epochs(args, first, training_batches(args, clip, task), out.name):
         sums = next(learner.parameters()).new_zeros(6)
         for i, (size, parts) in enumerate(batches):
             rate = warmup_linear(epoch * len(batches) + i, args.epochs * len(batches), args.warmup)
@@ -395,31 +406,37 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
             scaler.step(optimizer)
             scaler.update()
         end_epoch(args, clip, task, out, epoch, learner, optimizer, rate, sums)
-    if args.select == "val" and processes()[0] == 0:
+    if args.select == "val" and rank() == 0:
         common.load_checkpoint(out / "best", learner)
     return learner
 
 
-def training_stream(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
-    """A function epoch → for each batch its size, and an iterator over what this process takes of
-    it: every K-th image, in at most --accumulate parts (images, labels, positions)."""
-    rank, world = processes()
-    transform = data.train_transform(clip.preprocess, args.augment)
-    images = data.ImageSet(task.train, transform, args.seed)
+def training_batches(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
+    """A function epoch → a list: for each batch its size, and an iterator over the parts that this
+    process takes of it, each (images [b, 3, H, W], labels [b], positions [b])."""
+    images = data.ImageSet(
+        task.train, data.train_transform(clip.preprocess, args.augment), args.seed
+    )
 
     def batches(epoch: int) -> list[tuple[int, Iterator]]:
         # The last batch may be smaller, and is kept, as released.
         shuffled = torch.randperm(len(images), generator=data.generator(args.seed, "order", epoch))
         whole = shuffled.split(args.batch_size)[: args.max_steps or None]
+        own = [own_parts(batch, args.accumulate) for batch in whole]
+        # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
         view = epoch % args.views if args.views else epoch
-        chunks = [batch[rank::world].chunk(args.accumulate) for batch in whole]
-        shares = [[part for part in parts if len(part)] for parts in chunks]
-        lists = [(part + view * len(images)).tolist() for parts in shares for part in parts]
+        lists = [(part + view * len(images)).tolist() for parts in own for part in parts]
+        # One loader for all of these, as it decodes ahead. So the batches are to be used in order.
         loaded = data.load_images(images, lists, args, f"epoch {epoch + 1}")
-        sizes = map(len, whole)
-        return [(n, itertools.islice(loaded, len(parts))) for n, parts in zip(sizes, shares)]
+        return [(len(batch), (next(loaded) for _ in parts)) for batch, parts in zip(whole, own)]
 
     return batches
+
+
+def own_parts(batch: Tensor, accumulate: int) -> list[Tensor]:
+    """This process's images of a batch [B], in at most `accumulate` parts of about one size; none
+    where the batch has fewer images than there are processes."""
+    return [part for part in batch[rank() :: world_size()].chunk(accumulate) if len(part)]
 
 
 def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
@@ -442,9 +459,9 @@ def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> 
 
 
 def add_gradients(learner: PromptedClassifier) -> None:
-    """The sum of all processes' gradients; one message, not hundreds. A process that had no image
-    of a small batch adds zeros."""
-    if processes()[1] == 1:
+    """Replace each gradient by the sum over all processes, in one message, not hundreds. A process
+    that had no image of a small batch adds zeros."""
+    if world_size() == 1:
         return
     learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     flat = torch.cat(
@@ -457,12 +474,12 @@ def add_gradients(learner: PromptedClassifier) -> None:
 
 def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate, sums) -> None:
     """Write the epoch's line, a checkpoint and, with --select val, the best weights so far. rate:
-    of its last step, as a share of the peak."""
-    if processes()[1] > 1:
+    of its last step, as a fraction of the peak. sums: step's, over the epoch."""
+    if world_size() > 1:
         dist.all_reduce(sums)
-    if processes()[0] > 0:
+    if rank() > 0:
         return
-    loss, loss_ce, right, w, above = sums[1:] / sums[0]
+    loss, loss_ce, right, w, above = sums[1:] / sums[0]  # means over the epoch's images
     line = {"lr": args.lr * rate, "loss": loss, "loss_ce": loss_ce, "train_accuracy": 100 * right}
     line |= {"w_mean": w, "w_above_half": above} if args.loss != "ce" else {}
     note = {"classnames": task.classnames, "template": task.template}
@@ -473,7 +490,7 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
         earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
         if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
             common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
-    common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+    common.end_epoch(out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs, **note)
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
@@ -492,22 +509,23 @@ def class_logits(
 
 def tuned_logits(args, clip: Clip, learner: PromptedClassifier, test: data.Test):
     """Logits [N, C] of a test set's images, and labels [N]."""
-    tuned = dataclasses.replace(clip, model=learner)  # it has an encode_image, too
+    tuned = dataclasses.replace(clip, model=learner)  # whose encode_image is the tuned encoder
     x, labels = common.encode_images(tuned, test.items, clip.preprocess, args, cache=False)
     return class_logits(learner, clip, test.classnames, x, test.template), labels
 
 
 def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> list[dict]:
-    """For each test set the tuned logits, and as "extra" each ensemble's and mixture's measures."""
+    """For each test set (encoded: as frozen CLIP sees it) the tuned logits, and as "extra" the
+    measures of each ensemble and of each mixture of weights."""
     found = []
     for frozen in encoded:
         tuned, labels = tuned_logits(args, clip, learner, frozen.test)
         # Eq. 8: logits = (1 - A) · tuned + A · zero-shot
-        extra = {
+        ensembles = {
             f"ensemble {A:g}": common.evaluate((1 - A) * tuned + A * frozen.zero_shot, labels)
             for A in args.ensemble
         }
-        found.append({"tuned": tuned, "extra": extra})
+        found.append({"tuned": tuned, "extra": ensembles})
     for A in args.wise_ft:
         mixture = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
@@ -518,12 +536,13 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
 
 
 def mix_weights(clip: Clip, learner: PromptedClassifier, A: float) -> PromptedClassifier:
-    """WiSE-FT (whose own coefficient is 1 - A)."""
+    """WiSE-FT: the weights, statistics included, between tuned (A = 0) and zero-shot (A = 1). The
+    coefficient of its paper is 1 - A."""
     mixture = copy.deepcopy(learner)
     start = PromptedClassifier(clip, learner.classnames, learner.template).state_dict()
     for name, value in mixture.state_dict().items():
         if value.is_floating_point():
-            # Eq. 9: θ = (1 - A) · θ_tuned + A · θ_zs
+            # Eq. 9: (1 - A) · tuned + A · start
             value.lerp_(start[name], A)
     return mixture
 
@@ -537,35 +556,36 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
 
 
 def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result."""
+    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
+    the test sets, as frozen CLIP sees them; none in processes other than the first."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
     learner = read_learner(args.eval, args, clip) if args.eval else train(args, clip, task, out)
-    if processes()[0] > 0:
+    if rank() > 0:
         return {}
     found = evaluate(args, clip, learner, encoded)
-    name = method_name(args)
-    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
+    return common.write_result(
+        out, method_name(args), args, clip, task, encoded, found, start, baseline
+    )
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
 def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data, or each other."""
     require(args.loss != "kd" or args.alpha <= 1, "--alpha of --loss kd is a share: 1 at most")
-    trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
     if not args.eval:
-        smallest = min(args.batch_size, len(task.train))
-        require(processes()[1] <= smallest, "too small batches to share")
+        require(world_size() <= min(args.batch_size, len(task.train)), "too small batches to share")
         if args.select == "val" or args.eval_every:
-            task.validation()
-        steps = args.epochs * math.ceil(len(task.train) / args.batch_size)
+            task.validation()  # or UserError: there is none
+        # The last batch of an epoch may be smaller: rounded up.
+        steps = args.epochs * ((len(task.train) + args.batch_size - 1) // args.batch_size)
         if int(steps * args.warmup) == 0 < args.warmup:
             task.notes.append(f"{steps} steps are too few for --warmup {args.warmup:g}")
-    known = set(data.numbered(trained))
-    unseen = any(set(data.numbered(test.classnames)) - known for test in task.tests)
+    trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
+    tested = {name for test in task.tests for name in data.numbered(test.classnames)}
     require(
-        args.head == "text" or not (args.wise_ft or unseen),
+        args.head == "text" or (tested <= set(data.numbered(trained)) and not args.wise_ft),
         "--head mlp has no prompt: no --wise-ft, no --classes base, no --test-on",
     )
 
@@ -583,18 +603,19 @@ def main(argv: list[str] | None = None) -> dict:
     task = data.load_task(args)
     check_task(args, task)
     clip = common.load_run_clip(args, task, tuned=True)
-    out = Path(args.resume or os.devnull)  # the other processes read a checkpoint, and write none
-    encoded = []
-    if processes()[0] == 0:
-        against = "fine-tuning and " * compare + "zero-shot"
+    if rank() == 0:
+        against = "fine-tuning and zero-shot" if compare else "zero-shot"
         out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
         encoded = common.encode_tests(args, clip, task.tests)
+    else:  # reads a checkpoint to go on with, if there is one; writes nothing, tests nothing
+        out = Path(args.resume or os.devnull)  # os.devnull: no folder, so it holds no checkpoint
+        encoded = []
     baseline = None
     if compare:
         plain = argparse.Namespace(**vars(args) | {"loss": "ce", "alpha": 0.0})
         baseline = fit(plain, clip, task, encoded, out / "baseline")
     result = fit(args, clip, task, encoded, out, baseline)
-    if processes()[0] == 0:
+    if rank() == 0:
         common.report(result, out)
     return result
 

@@ -19,52 +19,59 @@ Equations (numbered by this file: the paper could not be read in full)
     Eq. 6   L_task = mean over the batch of -log p(y | x)               --bound log-mean   task loss
             L_task = mean over the batch of -1/L sum_l log p(y | x, r_l)     --bound elbo
     Eq. 7   v, q <- SGD(L_task + β KL), with momentum, and weight decay on all of v and q   the step
+            The rate is 1e-5 in the first epoch, then follows a cosine from --lr down towards 0
     Eq. 8   E = entropy of p(. | x),  MI = E - 1/L sum_l entropy of p(. | x, r_l)        uncertainty
 
     paper        here                              shape        flag
-    p            PromptDistribution.context (v)    [M, W]       --ctx-init
-    r            residual                          [L, K, W]    --residual-scale (u)
-    μ, Σ         mu, logvar of posterior(x)        [K, W]       --posterior
+    p, here v    PromptDistribution.context        [M, W]       --ctx-init
+    r            residual                          [L, Q, W]    --residual-scale (u)
+    μ, Σ         mu, logvar of posterior(x)        [Q, W]       --posterior
     L            number of samples                 a number     --samples
     β            kl_weight                         a number     --kl-weight
     s, f         clip.scale, CLIP's image encoder               --model --pretrained
-    K = 1 with the global posterior: all images share r. K = B with the image posterior: each of the
-    B images has its own.
+    B images in a batch, N in a set, C classes, M context vectors; W entries of a token, the text
+    transformer's width; D entries of a feature, of an image or of a text; L samples of each of Q
+    posteriors: Q = 1 with the global one, which all images share; Q = B with an image posterior
 
 Frozen: both encoders of CLIP. Learned: v and q. Why it helps: noise on the prompt keeps v from
 fitting details of the training images. When it does not help: in training too short for CoOp to
 overfit; where one systematic move away from CLIP is needed, which noise blurs; and with one or two
-samples (a reproduction of the released global posterior found its accuracy collapse there).
+samples: github.com/jonyhu/bayesian-prompt-learning ran the released global posterior on FGVC
+Aircraft, and found 4 and 11 % of the new classes' images right with L = 1 and 2, 34 % with 5 or 10.
 Uncertainty: E is high for an ambiguous image, MI where the prompts disagree about it.
 
 The baseline is --samples 0. Global: r = 0, exactly CoOp with M = 4. Image: r = μ(x), which we call
 CoCoOp-like: CoCoOp adds a network's output to its context, too, but of two layers with ReLU (D,
 D/16, W), not three with ELU (D, D/2, D/2, W).
 
-PAPER vs CODE: (the paper as others restate it; the code, at 8a73fff of
-github.com/saic-fi/Bayesian-Prompt-Learning, is followed)
- 1. Bound: the paper maximises the ELBO, a mean of logs; the code the log of the mean likelihood,
-    which is never smaller (Jensen's inequality), and so as a loss never larger.
- 2. KL: the paper's is a sum over dimensions with weight 1; the code takes the mean, times 0.001.
-    The paper's is --kl-weight 512 where tokens have W = 512 entries (ViT-B/16, RN50), with
-    --bound elbo.
- 3. The code's std_posterior is a log-variance. That of the global posterior is drawn from
-    Uniform[0, 1]: σ starts at 1 to 1.65 and hardly moves, as weight decay (on all that is learned)
-    and the small KL weight pull at it very little. The entries of CLIP's tokens have a standard
-    deviation of about 0.02, 50 to 80 times less: the noise drowns the context, and what is learned
-    is what works in spite of it. --residual-scale u is ours; 1 is the released code. The KL is that
-    of r, before u.
+PAPER vs CODE: (The paper as others restate it. The code is
+github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff, and is followed; FILE:LINES are its own.)
+ 1. Bound: the paper maximises the ELBO, a mean of logs; the code the log of the mean likelihood
+    (trainers/vpt.py:277-281), which is never smaller (Jensen's inequality), and so as a loss never
+    larger.
+ 2. KL: the paper's is a sum over dimensions with weight 1; the code takes the mean, times 0.001
+    (trainers/vpt.py:283, 297). The paper's is --kl-weight 512 where tokens have W = 512 entries
+    (ViT-B/16, RN50), with --bound elbo.
+ 3. The code's std_posterior is a log-variance (trainers/vpt.py:197). That of the global posterior
+    is drawn from Uniform[0, 1] (line 148): σ starts at 1 to 1.65 and hardly moves, as weight decay
+    (on all that is learned, line 343) and the small KL weight pull little. The entries of CLIP's
+    tokens have a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the
+    context, and what is learned is what works in spite of it. --residual-scale u is ours; 1 is the
+    released code. The KL is that of r, before u.
  4. Image posterior: the paper has two layers with two heads, the code two separate networks of
-    three layers, and so do we.
- 5. Batch: the code's image posterior is wrong for more than one image, and its batches have 1. So
-    has our default on real data, because the learning rate goes with it. Here batches may be
-    larger: the loss is the mean over their images.
- 6. Evaluation noise: the code draws it afresh for each image from the global generator, so that a
-    prediction depends on what was drawn before. Here it is drawn once, from the run's seed, and
-    shared by all images: a prediction depends on nothing but the image, class names and the run.
- 7. L and epochs differ by dataset in the code (--paper takes them); how they were chosen is
-    unknown.
- 8. Precision: the code trains in fp16. Here what is learned is always fp32.
+    three layers (trainers/vpt.py:31-37, 48-49), and so do we.
+ 5. Batch: the code's image posterior is wrong for more than one image (trainers/vpt.py:214 adds
+    [B, W] to [M, W]), and its batches have 1
+    (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3). So has our default on real data,
+    because the learning rate goes with it. Here batches may be larger: the loss is the mean over
+    their images.
+ 6. Evaluation noise: the code draws it afresh for each image from the global generator
+    (trainers/vpt.py:196), so that a prediction depends on what was drawn before. Here it is drawn
+    once, from the run's seed, and shared by all images: a prediction depends on nothing but the
+    image, class names and the run.
+ 7. L and epochs differ by dataset in the code (VPT.md:20-52; --paper takes them); how they were
+    chosen is unknown.
+ 8. Precision: the code trains in fp16 (train.py:103). Here what is learned is always fp32.
 
     python vpt.py                                                     # toy world, toy CLIP
     python vpt.py --posterior image                                  # a distribution for each image
@@ -88,25 +95,25 @@ Tensor = torch.Tensor
 
 
 def sample_logits(x: Tensor, text: Tensor, scale: float) -> Tensor:
-    """Logits of unit image features x [B, D] under each sampled prompt, whose unit text features
-    are text [L, K, C, D] → [L, B, C] (Eq. 1).
-
-    K = 1: all B images meet the same L·C prompts. K = B: image b meets its own.
+    """Logits of unit image features x [B, D] by sampled prompts (Eq. 1), whose unit text features
+    are text [L, Q, C, D] → [L, B, C]. Q = 1: all B images meet the same prompts. Q = B: image b
+    meets those of its own posterior, text[:, b].
 
     >>> x = torch.eye(2)  # two images
     >>> sample_logits(x, torch.eye(2)[None, None], scale=10.0)  # L = 1, two classes
     tensor([[[10.,  0.],
              [ 0., 10.]]])
     """
-    K = text.shape[1]
-    x = x.unflatten(0, (K, -1))  # [K, B / K, D]
+    Q = text.shape[1]
+    x = x.unflatten(0, (Q, -1))  # [Q, B / Q, D]: [1, B, D] or [B, 1, D]
     # Eq. 1: logits = s · cos(f(x), t)
-    return scale * (x @ text.mT).flatten(1, 2)
+    logits = scale * (x @ text.mT)  # [L, Q, B / Q, C]
+    return logits.flatten(1, 2)
 
 
 def sample_residual(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-    """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [K, W], eps [L, K or 1, W] →
-    r [L, K, W].
+    """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [Q, W], eps [L, Q, W] → r
+    [L, Q, W]. (eps [L, 1, W] serves all Q posteriors alike.)
 
     WHY so: all randomness is in eps, so that gradients reach mu and logvar. logvar is log σ², hence
     the half.
@@ -190,15 +197,15 @@ class PromptDistribution(torch.nn.Module):
     trained distribution reads any classes.
 
     context [M, W]. kind "global": mean, logvar [1, W]; "image": mean_net, logvar_net, D → D/2 → D/2
-    → W with ELU between. eval_noise [L, 1, W] is what evaluation samples with; where it has no
-    rows, evaluation uses r = μ alone.
+    → W with ELU between. u: --residual-scale. eval_noise [L, 1, W]: the samples of evaluation, the
+    same for all images; with L = 0 evaluation uses r = μ alone.
     """
 
-    def __init__(self, clip: Clip, context: Tensor, kind="global", scale=1.0, seed=1):
+    def __init__(self, clip: Clip, context: Tensor, kind="global", u=1.0, seed=1):
         super().__init__()
         self.clip = clip  # no submodule: CLIP is not learned
         self.kind = kind
-        self.scale = scale
+        self.u = u
         self.context = torch.nn.Parameter(context.clone())
         D, W = clip.embed_dim, clip.width
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
@@ -209,28 +216,30 @@ class PromptDistribution(torch.nn.Module):
             else:
                 self.mean_net = three_layers(D, W)
                 self.logvar_net = three_layers(D, W)
+        # persistent=False: checkpoints are without it, as the seed gives it again.
         self.register_buffer("eval_noise", torch.zeros(0, 1, W), persistent=False)
-        self.to(context)
+        self.to(context)  # its device and dtype
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q(r) for unit image features x [B, D] (Eq. 2) → mu, logvar [K, W]; K = 1, one row for all
-        images, or K = B."""
+        """q(r) for unit image features x [B, D] (Eq. 2) → mu, logvar [Q, W]; Q = 1, one row for all
+        images, or Q = B."""
         # Eq. 2
         if self.kind == "global":
             return self.mean, self.logvar
         return self.mean_net(x), self.logvar_net(x)
 
     def forward(self, names: Names, residual: Tensor) -> Tensor:
-        """names = name_tokens(clip, classnames, M), residual [L, K, W] → text features
-        [L, K, C, D], unnormalised."""
-        L, K, _ = residual.shape
-        contexts = self.context + self.scale * residual[:, :, None]  # [L, K, M, W]
-        contexts = contexts.flatten(0, 1)
-        start = common.start_of_text(self.clip).expand(L * K, -1, -1)
-        prefix = torch.cat([start, contexts], dim=1)  # [L·K, 1 + M, W]
+        """names = name_tokens(clip, classnames, M), residual [L, Q, W] → text features
+        [L, Q, C, D], unnormalised."""
+        L, Q, _ = residual.shape
+        contexts = self.context + self.u * residual[:, :, None]  # [L, Q, M, W]
+        contexts = contexts.flatten(0, 1)  # [L·Q, M, W]
+        start = common.start_of_text(self.clip).expand(L * Q, -1, -1)
+        prefix = torch.cat([start, contexts], dim=1)  # [L·Q, 1 + M, W]
+        # WHY gradients=True in evaluation, too: one precision, that of training.
         with common.autocast(self.clip, gradients=True):
-            features = common.encode_prompts(self.clip, prefix, names)  # [L·K, C, D]
-        return features.unflatten(0, (L, K))
+            features = common.encode_prompts(self.clip, prefix, names)  # [L·Q, C, D]
+        return features.unflatten(0, (L, Q))
 
 
 def three_layers(D: int, W: int) -> torch.nn.Sequential:
@@ -257,17 +266,18 @@ def new_learner(args: argparse.Namespace, clip: Clip, context: Tensor) -> Prompt
 
 
 def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> Tensor:
-    """ε [L, K, W] of K columns. Column k is a function of (seed, columns[k]) alone, whatever else
-    is drawn with it."""
+    """ε [L, Q, W]. columns[i] says what ε[:, i] is for: ("evaluation",), (epoch, step) or (epoch,
+    image). With the seed it decides this draw, whatever else is drawn beside it."""
     draws = []
-    for where in columns:
-        draws.append(torch.randn(L, clip.width, generator=data.generator(seed, "noise", *where)))
+    for purpose in columns:
+        generator = data.generator(seed, "noise", *purpose)
+        draws.append(torch.randn(L, clip.width, generator=generator))
     start = common.start_of_text(clip)
     return torch.stack(draws, dim=1).to(start.device, start.dtype, non_blocking=True)
 
 
 def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Tensor:
-    """ε of one step: [L, 1, W], shared by the batch (global), or [L, B, W], a draw for each image.
+    """ε [L, Q, W] of one step. Global: Q = 1, shared by the batch. Image: Q = B, a draw for each.
     batch [B]: positions of the images, on the CPU."""
     if args.posterior == "global":
         return noise(clip, args.seed, args.samples, [(epoch, step)])
@@ -278,14 +288,16 @@ def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Te
 # fmt: off
 SETTINGS = {"posterior": "global", "samples": 10, "kl_weight": 0.001, "bound": "log-mean",
             "ctx_init": "a photo of a", "batch_size": 1, "momentum": 0.9, "weight_decay": 5e-4}
-# As in prograd.py; the noise is 20 to 30 times a toyclip token's entries, the paper's 50 to 80.
+# On toy data: base to new classes, 4 shots. The paper's rate is 0.002 at CLIP's logit scale of 100,
+# which is 0.01 at toyclip's of 21; twice that here, for half as many steps or fewer. With u = 4 the
+# noise is 20 to 30 times the entries of toyclip's tokens (the paper's: 50 to 80 times CLIP's).
 TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip", "classes": "base",
                   "shots": 4, "lr": 0.02, "epochs": 40, "residual_scale": 4.0, "augment": "none",
                   "views": 1, "compare": True}
 PAPER = SETTINGS | {"model": "ViT-B-16", "pretrained": "openai", "classes": "all", "lr": 0.002,
                     "epochs": 10, "residual_scale": 1.0, "augment": "crop", "views": 0,
                     "compare": False}
-EXCEPTIONS = {  # dataset: (L, epochs), from the authors' instructions
+EXCEPTIONS = {  # dataset: (L, epochs), see PAPER vs CODE 7
     "imagenet": (10, 10), "caltech101": (20, 20), "oxford_pets": (40, 20), "dtd": (40, 10),
     "stanford_cars": (20, 40), "oxford_flowers": (10, 40), "food101": (20, 20), "ucf101": (5, 20),
     "fgvc_aircraft": (10, 10), "sun397": (20, 10), "eurosat": (20, 60)}
@@ -294,19 +306,23 @@ DETERMINISTIC = {"global": "CoOp", "image": "CoCoOp-like"}  # what --samples 0 i
 
 
 def defaults(run: dict) -> dict:
-    """The settings of a run on this dataset, where no flag says otherwise."""
+    """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
+    earlier run; "dataset" at least."""
     if run["dataset"].startswith("toy_"):
         return TOY
-    exceptions = EXCEPTIONS.get(run["dataset"], ()) if run.get("paper") else ()
-    own = {"views": 10} if ":" in run["dataset"] else {}  # see README: fresh ones take hours
-    return PAPER | own | dict(zip(("samples", "epochs"), exceptions))
+    settings = dict(PAPER)
+    if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
+        settings["views"] = 10
+    if run.get("paper") and run["dataset"] in EXCEPTIONS:
+        settings["samples"], settings["epochs"] = EXCEPTIONS[run["dataset"]]
+    return settings
 
 
 FLAGS = {
     "--posterior": {"choices": ["global", "image"], "help": "Eq. 2: one q(r), or one an image"},
     "--samples": {"type": int, "metavar": "L", "help": "5 or more; 0 = the deterministic base"},
     "--residual-scale": {"type": float, "metavar": "U", "help": "u of Eq. 1, the noise's size"},
-    "--kl-weight": {"type": float, "metavar": "β", "help": "of Eq. 7; for the paper's elbo type W"},
+    "--kl-weight": {"type": float, "metavar": "β", "help": "of Eq. 7; W is the paper's, for elbo"},
     "--bound": {"choices": ["log-mean", "elbo"], "help": "Eq. 6: the code's, or the paper's"},
     "--ctx-init": {"metavar": "WORDS", "help": "where the context starts; their tokens are M"},
     "--momentum": {"type": float, "metavar": "X", "help": "of SGD"},
@@ -315,30 +331,25 @@ FLAGS = {
 
 
 def build_parser() -> data.Parser:
-    return common.new_parser(__doc__, "VPT", FLAGS, defaults)
+    return common.new_parser(__doc__, "VPT (Eq. n: see the file's head)", FLAGS, defaults)
 
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
 def step(
-    learner: PromptDistribution,
-    names: Names,
-    eps: Tensor,
-    x: Tensor,
-    labels: Tensor,
-    args: argparse.Namespace,
+    learner: PromptDistribution, names: Names, eps: Tensor, x: Tensor, labels: Tensor, args
 ) -> Tensor:
-    """One batch: unit image features x [B, D], labels [B], noise eps [L, K, W] → [loss, L_task, KL,
+    """One batch: unit image features x [B, D], labels [B], noise eps [L, Q, W] → [loss, L_task, KL,
     mean of σ]. Sets the gradients of v and q."""
-    # Eq. 2, Eq. 3: from a posterior for all or for each image, L residuals
-    mu, logvar = learner.posterior(x)  # [K, W]
-    residual = sample_residual(mu, logvar, eps) if args.samples else mu[None]  # [L, K, W]
-    text = F.normalize(learner(names, residual), dim=-1)  # [L, K, C, D]
+    # Eq. 2, Eq. 3: L residuals of each posterior; without samples the mean is the one residual
+    mu, logvar = learner.posterior(x)  # [Q, W]
+    residual = sample_residual(mu, logvar, eps) if args.samples else mu[None]  # [L, Q, W]
+    text = F.normalize(learner(names, residual), dim=-1)  # [L, Q, C, D]
     # Eq. 1
     logits = sample_logits(x, text, learner.clip.scale)  # [L, B, C]
     # Eq. 6, Eq. 4
     loss_task = task_loss(logits, labels, args.bound)
     kl = kl_to_standard_normal(mu, logvar).mean()
-    # Eq. 7: loss = loss_task + kl_weight * kl; without samples nothing has a spread
+    # Eq. 7: loss = loss_task + kl_weight * kl. Without samples there is no spread, and no KL
     loss = loss_task + args.kl_weight * kl if args.samples else loss_task
     learner.zero_grad()
     loss.backward()
@@ -355,9 +366,11 @@ def train(
     names = common.name_tokens(clip, task.classnames, len(context))
     learner = new_learner(args, clip, context)
     validation = common.encode_tests(args, clip, task.validation()) if args.eval_every else []
-    hyper = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.SGD(learner.parameters(), **hyper)  # without a gradient no decay either
-    first = common.resume(out, learner, optimizer)
+    # What --samples 0 does not learn gets no gradient, and SGD passes over it, decay included.
+    optimizer = torch.optim.SGD(
+        learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
     for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -376,68 +389,78 @@ def train(
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
-        note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(out, epoch, args.epochs, learner, optimizer, line, **note)
+        common.end_epoch(
+            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs,
+            classnames=task.classnames, template=task.template,
+        )  # fmt: skip
     return learner
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
+# tools/ call class_logits and read_learner of each method file alike: `template` is for proreg.py,
+# read_learner's `args` for both others.
 @torch.no_grad()
 def predict(
     learner: PromptDistribution, clip: Clip, classnames: list[str], x: Tensor
 ) -> dict[str, Tensor]:
-    """Predictions for unit image features x [N, D] among any class names, in bounded memory:
-    log-probabilities [N, C] "tuned", averaged over learner.eval_noise, and "mean_residual", with
-    r = μ; "entropy" and "mutual_information" [N], E and MI of Eq. 8."""
+    """Predictions for unit image features x [N, D] among any class names, in bounded memory.
+
+    Log-probabilities [N, C]: "tuned", averaged over the samples learner.eval_noise, and
+    "mean_residual", by the one prompt of r = μ. [N]: "entropy" and "mutual_information" (Eq. 8).
+    """
     names = common.name_tokens(clip, classnames, len(learner.context))
-    n_residuals = 1 + len(learner.eval_noise)
+    n_prompts = 1 + len(learner.eval_noise)
 
     def text_features(x: Tensor) -> Tensor:
-        """[1 + L, K, C, D], unit; row 0 is the mean residual's. WHY one noise for all images: then
+        """[1 + L, Q, C, D], unit; row 0 is the mean residual's. WHY one noise for all images: then
         the prediction for an image is the same alone, in a batch and in any test set."""
         mu, logvar = learner.posterior(x)
         residual = torch.cat([mu[None], sample_residual(mu, logvar, learner.eval_noise)])
         return F.normalize(learner(names, residual), dim=-1)
 
-    # An image's logits and six copies of them; of the image posterior its own text features, too.
-    floats = n_residuals * len(classnames) * 6
+    # Images go in chunks that take a quarter of the memory; the text encoder takes the rest.
+    logits_each = n_prompts * len(classnames)  # of one image
+    floats = 6 * logits_each  # at most six arrays of them at a time
     if learner.kind == "image":
-        floats += n_residuals * len(classnames) * 3 * clip.embed_dim
-    chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (4 * floats)))  # a quarter: the encoder needs it
+        floats += 3 * logits_each * clip.embed_dim  # and three of an image's own text features
+    chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (floats * x.element_size())))
     shared = text_features(x[:1]) if learner.kind == "global" else None
-    rows = []
+    parts = []
     for part in common.progress(x.split(chunk), "evaluate"):
         text = text_features(part) if shared is None else shared
         logits = sample_logits(part, text, clip.scale)  # [1 + L, B, C]
-        samples = logits[1:] if n_residuals > 1 else logits
-        log_probs = [log_mean_prob(samples), logits[0].log_softmax(dim=-1)]
-        rows.append([*log_probs, *uncertainty(samples)])
-    keys = ("tuned", "mean_residual", "entropy", "mutual_information")
-    return {key: torch.cat(column) for key, column in zip(keys, zip(*rows))}
+        samples = logits[1:] if n_prompts > 1 else logits
+        entropy, disagreement = uncertainty(samples)
+        parts.append({
+            "tuned": log_mean_prob(samples), "mean_residual": logits[0].log_softmax(dim=-1),
+            "entropy": entropy, "mutual_information": disagreement,
+        })  # fmt: skip
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def class_logits(learner: PromptDistribution, clip: Clip, classnames: list[str], x, template=""):
     """Log-probabilities [N, C] of unit image features x [N, D] among any class names; they serve as
-    logits. (`template` is for proreg.py's function of this name.)"""
+    logits."""
     return predict(learner, clip, classnames, x)["tuned"]
 
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptDistribution:
-    """The trained distribution of a run folder, ready for any class names. (`args` is for the other
-    files' functions of this name.)"""
-    trained = argparse.Namespace(**common.read_run(folder)["settings"])  # its seed is of its noise
+    """The trained distribution of a run folder, ready for any class names."""
+    # WHY not args: the seed of evaluation's noise is that of the training.
+    trained = argparse.Namespace(**common.read_run(folder)["settings"])
     learner = new_learner(trained, clip, initial_context(clip, trained.ctx_init))
     common.load_checkpoint(folder, learner)
     return learner
 
 
 def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result."""
+    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
+    the test sets, as frozen CLIP sees them."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
-    trained = read_learner(args.eval, args, clip) if args.eval else None
-    learner = trained or train(args, clip, task, views, out)
+    learner = (read_learner(args.eval, args, clip) if args.eval
+               else train(args, clip, task, views, out))  # fmt: skip
     found = []
     for frozen in encoded:
         row = predict(learner, clip, frozen.test.classnames, frozen.x)
@@ -445,8 +468,9 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
         if args.samples:
             row["extra"] = {"mean_residual": common.evaluate(row["mean_residual"], frozen.labels)}
         found.append(row)
-    name = method_name(args)
-    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
+    return common.write_result(
+        out, method_name(args), args, clip, task, encoded, found, start, baseline
+    )
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
@@ -461,6 +485,8 @@ def main(argv: list[str] | None = None) -> dict:
     compare = args.compare and args.samples and not args.eval
     task = data.load_task(args)
     task.notes += common.warmup_notes(args)
+    if args.samples:
+        task.notes.append("mean residual: VPT's prediction by one prompt, that of r = μ")
     clip = common.load_run_clip(args, task)
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")

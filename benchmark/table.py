@@ -1,95 +1,239 @@
 """Tables and plots from run folders: mean ± standard deviation over seeds, and paired differences.
 
-    python benchmark/table.py runs/prograd-dtd-* runs/vpt-dtd-*
-    python benchmark/table.py runs/few-shot/prograd-dtd-* --plot accuracy.svg
+    python benchmark/table.py runs/few-shot/*                       # with means over datasets
+    python benchmark/table.py runs/few-shot/* --papers              # beside published figures
+    python benchmark/table.py runs/few-shot/* --plot accuracy.svg
+    python benchmark/table.py --list runs.txt                       # what of it is finished
 
-Runs that differ in more than their seed are not averaged: they get rows of their own, and if two of
-a row share a seed, that is an error. A row's "tuned − baseline" is paired: of the same runs.
+A row is of runs that are equal in all that a figure comes from (settings, CLIP, what was trained,
+test images) but the seed and its draw. What differs in more gets a row of its own, which says in
+what. "mean of N datasets" is first over datasets for each seed, then over seeds. "H" is the mean of
+each run's H; "H of means" is the papers': of the mean accuracies, over seeds and datasets.
 """
 
+import dataclasses
+import io
+import itertools
 import json
-import math
+import shlex
 import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds data.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
+import common
 import data
+import prograd
+import proreg
+import vpt
 from data import require
 
+SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
 # What may differ between the runs of a row.
 FREE = {"seed", "out_dir", "resume", "eval", "workers", "cache_dir", "data_root", "download"}
-FREE |= {"device", "memory_gb"}
-KIND = ("method", "dataset", "shots")  # a row's name; what else differs among such rows follows
+FREE |= {"device", "memory_gb", "compare", "eval_every"}
+DRAWN = {"run", "seed", "split"}  # what a draw decides of "training" in result.json
+MEASURES = {  # its key in result.json, and what a table is headed
+    "accuracy": ("accuracy", "accuracy, %"), "nll": ("nll", "NLL, nats"), "ece": ("ece", "ECE, %"),
+    "class-mean": ("mean_class_accuracy", "mean of classes, %"), "H": ("accuracy", "H, %"),
+}  # fmt: skip
+H = ("H", "H of means")
+SIDES = ("in distribution", "the others' mean")  # that H is of; not shown
+ELEVEN = ["imagenet", "fgvc_aircraft", *(k for k, source in data.SOURCES.items() if source.split)]
 
 
-def read_results(folders: list[str]) -> dict[str, list[dict]]:
-    """{row: results of its seeds}. UserError for unfinished runs and for a seed twice in a row."""
-    rows = defaultdict(list)
+@dataclasses.dataclass
+class Row:
+    """Runs that are averaged; or a mean of such rows over datasets."""
+
+    name: str  # of the method
+    baseline: str | None
+    dataset: str  # or "mean of N"
+    shots: int | str
+    results: dict[int, dict] = dataclasses.field(default_factory=dict)  # {seed: result.json}
+    parts: list["Row"] = dataclasses.field(default_factory=list)  # of a mean: the rows
+    label: str = ""
+    # {(test set, zero_shot or baseline or ..): {seed: value}}
+    figures: dict[tuple, dict] = dataclasses.field(default_factory=dict)
+
+    @property
+    def example(self) -> dict:
+        """A result of it."""
+        return next(iter((self.parts or [self])[0].results.values()))
+
+
+def read_rows(folders: list[str], measure: str) -> list[Row]:
+    """UserError for runs that are not finished or do not say what they come from, and for a seed
+    twice in a row."""
+    rows = {}
     for folder in folders:
         path = Path(folder, "result.json")
         require(path.exists(), f"{folder} is not finished: there is no {path}")
         result = data.read_json(path)
-        kept = {k: v for k, v in result["settings"].items() if k not in FREE}
-        if trained := result["settings"].get("eval"):  # its settings say what it is tested on
-            kept["trained on"] = data.read_json(Path(trained, "config.json"))["settings"]["dataset"]
-        rows[json.dumps(kept, sort_keys=True)].append(result)
-    named = {}
-    for key, results in rows.items():
-        settings = json.loads(key)
-        ((seed, times),) = Counter(r["settings"]["seed"] for r in results).most_common(1)
-        what = [settings[k] for k in KIND]
-        require(times == 1, f"seed {seed} is there twice in runs with equal settings: {what}")
-        alike = [o for o in map(json.loads, rows) if [o[k] for k in KIND] == what]
-        more = [f"{k} {v}" for k, v in settings.items() if any(o.get(k) != v for o in alike)]
-        named[" ".join(["{} {} {} shots".format(*what), *more])] = results
-    return named
+        told = {"clip", "training", "name"} <= result.keys()
+        require(told, f"{folder} is of an older version and does not say what its figures are of")
+        settings, seed = result["settings"], result["training"]["seed"]
+        row = Row(result["name"], result["baseline_name"], settings["dataset"], settings["shots"])
+        row = rows.setdefault(json.dumps(identity(result), sort_keys=True), row)
+        twice = f"{folder} has the training or the seed ({seed}) of another run with equal settings"
+        require(seed not in row.results, twice)
+        row.results[seed] = result
+    for key, row in rows.items():
+        kind = [row.name, row.dataset, row.shots]
+        alike = [json.loads(k) for k, o in rows.items() if [o.name, o.dataset, o.shots] == kind]
+        row.label = " ".join(["{} {} {} shots".format(*kind), *differing(json.loads(key), alike)])
+        row.figures = figures_of(row.results, MEASURES[measure][0])
+    return list(rows.values())
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation; of one value itself."""
-    mean = statistics.mean(values)
-    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+def identity(result: dict) -> dict:
+    """All that a figure comes from, but the seed and its draw."""
+    settings = result["settings"]
+    kept = {key: value for key, value in settings.items() if key not in FREE}
+    trained = {key: value for key, value in result["training"].items() if key not in DRAWN}
+    kept |= {f"trained with {k}": v for k, v in trained.items() if settings.get(k) != v}
+    kept |= {f"images of {test_name(test, '')}": test["images"] for test in result["tests"]}
+    return kept | {"baseline": result["baseline_name"], "clip": result["clip"]}
 
 
-def difference(values: list[float]) -> str:
-    """Mean of paired differences ± its standard error."""
-    mean = statistics.mean(values)
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{mean:+.1f}{error}"
+def test_name(test: dict, own: str) -> str:
+    """What a test set is called; the dataset `own` goes without saying."""
+    dataset = "" if test["dataset"] == own else test["dataset"]
+    return " ".join(filter(None, [dataset, test["domain"], test["classes"]]))
 
 
-def columns(results: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """{test set or "H": {zero_shot, baseline, tuned, or a name in extra: a value a seed}}."""
-    found = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        for test in result["tests"]:
-            own = test["dataset"] == result["tests"][0]["dataset"]
-            words = ["" if own else test["dataset"], test["domain"], test["classes"]]
-            measures = {k: test[k] for k in ("zero_shot", "baseline", "tuned") if test[k]}
-            for kind, m in (measures | test["extra"]).items():
-                found[" ".join(filter(None, words))][kind].append(m["accuracy"])
-        for kind, value in result["harmonic_mean"].items():
-            found["H"][kind].append(value)
+def differing(what: dict, others: list[dict]) -> list[str]:
+    """ "key value" of what is not equal in all; that others lack a test set goes without saying."""
+    found = []
+    for key, value in what.items():
+        others_have = [o.get(key) for o in others if key in o or not key.startswith("images")]
+        if any(other != value for other in others_have):
+            text = " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+            found.append(f"{key} {text[:12] if len(text) == 40 else text}")  # 40: a fingerprint
     return found
 
 
-def table(rows: dict[str, list[dict]]) -> list[list[str]]:
-    """Header and a line for each row and kind: accuracies in %, mean ± std over seeds."""
-    lines = []
-    tests = list(dict.fromkeys(t for results in rows.values() for t in columns(results)))
-    for name, results in rows.items():
-        found = columns(results)
-        kinds = list(dict.fromkeys(kind for values in found.values() for kind in values))
-        for kind in kinds:
-            cells = [spread(found[t][kind]) if found[t][kind] else "" for t in tests]
-            lines.append([name, str(len(results)), kind.replace("_", "-"), *cells])
-        if "baseline" in kinds:
-            pairs = [list(zip(found[t]["tuned"], found[t]["baseline"])) for t in tests]
-            cells = [difference([a - b for a, b in pair]) if pair else "" for pair in pairs]
-            lines.append([name, str(len(results)), "tuned − baseline", *cells])
-    return [["accuracy, %", "seeds", "", *tests], *lines]
+def columns_of(result: dict) -> dict[str, list[dict]]:
+    """{column: the test sets whose mean it is}."""
+    first, *rest = result["tests"]
+    away = [test for test in rest if test["dataset"] != first["dataset"]]
+    own = [test for test in rest if test["dataset"] == first["dataset"]]
+    new = [test for test in own if test["classes"] == "new" and not test["domain"]]
+    domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
+    found = {test_name(test, first["dataset"]): [test] for test in result["tests"]}
+    found |= {f"mean of {len(away)} others": away} if len(away) > 1 else {}
+    return found | (
+        {SIDES[0]: [first], SIDES[1]: new or domains} if result["harmonic_mean"] else {}
+    )
+
+
+def figures_of(results: dict[int, dict], measure: str) -> dict[tuple, dict]:
+    found = defaultdict(dict)
+    for seed, result in results.items():
+        for name, tests in columns_of(result).items():
+            key = "accuracy" if name in SIDES else measure
+            for kind in common.measures(tests[0]):
+                values = [common.measures(test)[kind][key] for test in tests]
+                found[name, kind][seed] = statistics.mean(values)
+        for kind, h in result["harmonic_mean"].items():
+            found["H", kind][seed] = h
+    return found
+
+
+def finish(figures: dict[tuple, dict]) -> None:
+    """Add the papers' H, of accuracies that are averaged first, and paired differences."""
+    for kind in [kind for test, kind in figures if test == "H"]:
+        a, b = (statistics.mean(figures[side, kind].values()) for side in SIDES)
+        figures["H of means", kind] = {0: common.harmonic_mean(a, b)}
+    for test in [test for test, kind in figures if kind == "baseline"]:
+        plain = figures[test, "baseline"]
+        pairs = {seed: value - plain[seed] for seed, value in figures[test, "tuned"].items()}
+        figures[test, "difference"] = pairs
+
+
+# Means over datasets ------------------------------------------------------------------------------
+def variant(row: Row) -> dict:
+    """What must be equal over datasets: all that is not a dataset's own, or its default."""
+    settings = row.example["settings"]
+    script = SCRIPTS.get(settings["method"])  # none of a method of one's own
+    usual = common.DEFAULTS | (script.defaults(settings) if script else {})
+    own = ("dataset", "images", "trained with template")
+    kept = {"name": row.name, "shots": row.shots}
+    for key, value in identity(row.example).items():
+        if value != usual.get(key, ...) and not key.startswith(own):
+            kept[key] = value
+    return kept
+
+
+def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
+    """A row for each set of rows that differ in the dataset alone, and what is missing in it."""
+    means, notes = [], []
+    for group in data.group(rows, lambda row: json.dumps(variant(row), sort_keys=True)).values():
+        names = {row.dataset for row in group}
+        if len(names) == 1:
+            continue
+        mean = dataclasses.replace(group[0], dataset=f"mean of {len(group)}", parts=group)
+        alike = [variant(m) for m in means if (m.name, m.shots) == (mean.name, mean.shots)]
+        label = f"mean of {len(group)} datasets: {mean.name} {mean.shots} shots"
+        mean.label = " ".join([label, *differing(variant(mean), alike)])
+        every = set.union(*(set(row.results) for row in group))
+        seeds = sorted(set.intersection(*(set(row.results) for row in group)))
+        lacks = [f"seed {seed} of {row.dataset} (left out of all)"
+                 for row in group for seed in sorted(every - set(row.results))]  # fmt: skip
+        if names < set(ELEVEN):
+            lacks += ["of the papers' eleven " + ", ".join(n for n in ELEVEN if n not in names)]
+        notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
+        if not seeds or len(names) < len(group):
+            notes.append(f"no {mean.label}: all lack a common seed, or a dataset is there twice")
+            continue
+        mean.results = {seed: mean.results[seed] for seed in seeds}
+        columns = set.intersection(*(set(row.figures) for row in group))
+        mean.figures = {
+            key: {seed: statistics.mean(r.figures[key][seed] for r in group) for seed in seeds}
+            for key in group[0].figures
+            if key in columns
+        }
+        means.append(mean)
+    return means, notes
+
+
+# The table ----------------------------------------------------------------------------------------
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation; of one value itself."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def difference(values: list[float], digits: int = 1) -> str:
+    """Mean of paired differences ± its standard error."""
+    mean = f"{statistics.mean(values):+.{digits}f}"
+    return f"{mean} ± {standard_error(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def title_of(row: Row, kind: str) -> str:
+    titles = {"zero_shot": "zero-shot", "baseline": row.baseline, "tuned": row.name}
+    titles["difference"] = f"{row.name} − {row.baseline}"
+    return titles.get(kind) or kind.replace("_", " ")
+
+
+def table(rows: list[Row], measure: str) -> list[list[str]]:
+    """Header and a line for each row and column: mean ± std over seeds."""
+    lines, digits = [], 3 if measure == "nll" else 1
+    tests = [t for t in dict.fromkeys(t for row in rows for t, _ in row.figures) if t not in SIDES]
+    if measure != "accuracy":
+        tests = [test for test in tests if (test in H) == (measure == "H")]
+    for row in rows:
+        for kind in dict.fromkeys(kind for _, kind in row.figures):
+            found = [list(row.figures.get((test, kind), {}).values()) for test in tests]
+            shown = difference if kind == "difference" else spread
+            cells = [shown(values, digits) if values else "" for values in found]
+            lines.append([row.label, str(len(row.results)), title_of(row, kind), *cells])
+    return [[MEASURES[measure][1], "seeds", "", *tests], *lines]
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -97,71 +241,135 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-# Plots: small SVGs, written by hand ---------------------------------------------------------------
-COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
+def list_runs(file: str) -> list[str]:
+    """Print which lines of a list of commands are finished, begun, missing → the folders of the
+    finished ones."""
+    states = {"finished": {}, "begun": {}, "missing": {}}
+    for number, line in enumerate(data.read_text(Path(file)).splitlines(), 1):
+        _, _, words = line.partition(" --resume ")
+        require(words, f"{file}, line {number}: there is no --resume RUN")
+        folder = Path(shlex.split(words)[0])
+        done = (folder / "result.json").exists()
+        states["finished" if done else "begun" if folder.exists() else "missing"][number] = folder
+    for state, found in states.items():
+        print(f"{state}: {len(found)}{': lines ' * bool(found)}{','.join(map(str, found))}")
+    return [str(folder) for folder in states["finished"].values()]
 
 
-def plot(series: dict[str, list[tuple]], x_title: str, y_title: str, log: bool = False) -> str:
-    """An SVG of {name: [(x, y, standard error), ...]}, joined by lines; log: x by powers of 2."""
-    points = [point for line in series.values() for point in line]
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys) - 1, max(ys) + 1
-    left, right = min(xs), max(xs)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        if log:
-            share = math.log2(x / left) / max(1e-9, math.log2(right / left))
-        else:
-            share = (x - left) / max(1e-9, right - left)
-        return 60 + 420 * share, 260 - 220 * (y - low) / (high - low)
-
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 310" font-family="sans-serif"'
-           ' font-size="12">', '<rect width="640" height="310" fill="white"/>',
-           '<path d="M60 40V260H480" fill="none" stroke="black"/>',
-           f'<text x="270" y="300" text-anchor="middle">{x_title}</text>',
-           f'<text x="60" y="25">{y_title}</text>']  # fmt: skip
-    for y in range(int(low) + 1, int(high) + 1, max(1, int((high - low) / 6))):
-        out.append(f'<text x="52" y="{place(left, y)[1] + 4:.1f}" text-anchor="end">{y}</text>')
-    for x in sorted(set(xs)) if log else (left, right):
-        out.append(f'<text x="{place(x, low)[0]:.1f}" y="276" text-anchor="middle">{x:.4g}</text>')
-    for i, (name, line) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, _ in line)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y, error in line:
-            (cx, top), (_, bottom) = place(x, y + error), place(x, y - error)
-            out.append(f'<path d="M{cx:.1f} {top:.1f}V{bottom:.1f}" stroke="{colour}"/>')
-            out.append(f'<circle cx="{cx:.1f}" cy="{place(x, y)[1]:.1f}" r="3" fill="{colour}"/>')
-        out.append(f'<text x="492" y="{50 + 18 * i}" fill="{colour}">{name}</text>')
-    return "\n".join([*out, "</svg>\n"])
+# Plots --------------------------------------------------------------------------------------------
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
+MARKERS = "osD^vPX"
+SHOTS = "training images a class"
+BARS = "(bars: ± standard error over seeds)"
 
 
-def against_shots(rows: dict[str, list[dict]]) -> dict[str, list[tuple]]:
-    """Accuracy of the first test set against shots, a line for each kind."""
-    lines = defaultdict(dict)
-    for results in rows.values():
-        shots = results[0]["settings"]["shots"]
+def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=False) -> None:
+    """{panel: {line: [(x, y, standard error of y, of x), ...]}} to FILE.{svg,png,pdf}. shots: x by
+    powers of 2. A line's name stands at its end in the last panel."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise data.UserError("plots need matplotlib: pip install matplotlib") from error
+    kind = path.suffix[1:]
+    require(kind in ("svg", "png", "pdf"), f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    size = (6.8, 3.8) if len(panels) == 1 else (2.6 * across + 1.6, 2.3 * down + 0.6)
+    names = list(dict.fromkeys(["zero-shot", *itertools.chain(*panels.values())]))
+    style = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
+    style |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(size, layout="constrained", dpi=150)
+        for i, (title, lines) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(down, across, i, title=title)
+            for name, points in lines.items():
+                k = names.index(name) % len(COLOURS)
+                look = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4}
+                axes.errorbar(*zip(*points), capsize=2, elinewidth=0.8, **look)
+            if shots:
+                xs = sorted({point[0] for points in lines.values() for point in points})
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        name_lines(axes, lines, names)
+        figure.supxlabel(f"{x_title}\n{note}", fontsize=9)
+        figure.supylabel(y_title, fontsize=9)
+        buffer = io.BytesIO()
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same bytes each time
+        figure.savefig(buffer, format=kind, metadata=undated.get(kind))
+    data.write(path, buffer.getvalue())
+
+
+def name_lines(axes, lines: dict, names: list[str]) -> None:
+    """Names right of the axes, each at the height of its line's last point, or as near to it as
+    the others leave room, with a thin line to the point."""
+    low, high = axes.get_ylim()
+    heights = {name: (points[-1][1] - low) / (high - low) for name, points in lines.items()}
+    order = sorted(heights, key=heights.get)
+    gap = 0.8 / max(10, len(order))
+    for _ in range(200):  # neighbours that are too near push each other away
+        for below, above in itertools.pairwise(order):
+            lack = max(0, gap - (heights[above] - heights[below])) / 2
+            heights[below] -= lack
+            heights[above] += lack
+    for name, points in lines.items():
+        colour = COLOURS[names.index(name) % len(COLOURS)]
+        thin = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 4}
+        axes.annotate(name, points[-1][:2], (1.04, heights[name]), textcoords="axes fraction",
+                      color=colour, va="center", arrowprops=thin)  # fmt: skip
+
+
+def against_shots(rows: list[Row], measure: str) -> dict:
+    """{dataset or mean: {line: points}} of the first test set, or of H, for `draw`. A line joins
+    rows that differ in their shots alone."""
+    few = [row for row in rows if row.shots != "all"]
+    require(few, "--plot draws accuracy against shots: name runs of few shots")
+    found = defaultdict(list)  # {(what a line is called, of what): its points, with their panels}
+    for row in sorted(few, key=lambda row: (len(row.parts), row.shots)):
+        test = "H" if measure == "H" else next(test for test, _ in row.figures if test not in SIDES)
+        like = variant(row) | {"shots": "", "name": "", "baseline": ""}
+        own = {"zero_shot": {"clip": like["clip"]}, "baseline": like | {"beside": row.name}}
         for kind in ("zero_shot", "baseline", "tuned"):
-            values = [r["tests"][0][kind]["accuracy"] for r in results if r["tests"][0][kind]]
-            if values and shots != "all":
-                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                name = f"{results[0]['settings']['method']} {kind}".replace("_", "-")
-                require(shots not in lines[name], f"--plot: {name} is there twice at {shots} shots")
-                lines[name][shots] = (shots, statistics.mean(values), error)
-    require(lines, "--plot draws accuracy against shots: name runs of few shots")
-    return {name: sorted(line.values()) for name, line in lines.items()}
+            if values := list(row.figures.get((test, kind), {}).values()):
+                key = title_of(row, kind), json.dumps(own.get(kind, like), sort_keys=True)
+                point = (row.shots, statistics.mean(values), standard_error(values), 0.0)
+                found[key].append((row.dataset, point))
+    panels = {row.dataset: {} for row in sorted(few, key=lambda row: len(row.parts))}
+    for (title, what), points in found.items():
+        alike = [json.loads(other) for same, other in found if same == title]
+        name = " ".join([title, *differing(json.loads(what), alike)])
+        for panel, own in data.group(points, lambda point: point[0]).items():
+            require(name not in panels[panel], f"--plot: two lines are called {name}: name fewer")
+            panels[panel][name] = sorted({point for _, point in own})
+    return panels
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="folders of finished runs")
-    parser.add_argument("--plot", metavar="FILE.svg", help="draw accuracy against shots")
+    parser.add_argument("runs", nargs="*", help="folders of finished runs")
+    parser.add_argument("--list", metavar="FILE", help="of commands: which are finished")
+    parser.add_argument("--measure", choices=MEASURES, default="accuracy")
+    parser.add_argument("--papers", action="store_true", help="published figures beside them")
+    parser.add_argument("--plot", metavar="FILE", help="draw it against shots: .svg, .png or .pdf")
     args = parser.parse_args(argv)
-    rows = read_results(args.runs)
-    print(markdown(table(rows)))
+    folders = args.runs + (list_runs(args.list) if args.list else [])
+    require(folders or args.list, "name folders of finished runs, or --list FILE")
+    rows = read_rows(folders, args.measure)
+    means, notes = mean_rows(rows)
+    rows += means
+    for row in rows:
+        finish(row.figures)
+    lines = table(rows, args.measure)
+    if rows:
+        print("\n".join([markdown(lines), *[f"note: {note}" for note in notes]]))
+    if args.papers:
+        import papers
+
+        require(args.measure == "accuracy", "--papers has accuracies: leave out --measure")
+        print("\n".join(["", *papers.beside(rows)]))
     if args.plot:
-        svg = plot(against_shots(rows), "training images a class", "accuracy, %", log=True)
-        data.write(Path(args.plot), svg.encode())
+        what = lines[0][0] if args.measure == "H" else f"{lines[0][0]} ({lines[0][3]})"
+        draw(against_shots(rows, args.measure), Path(args.plot), SHOTS, what, shots=True)
 
 
 if __name__ == "__main__":

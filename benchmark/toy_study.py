@@ -1,88 +1,66 @@
-"""Do the papers' claims hold on the toy world? Every run, its tables, and how far a run moves.
+"""Do the papers' claims hold on the toy world? Every run, its tables and pictures.
 
     python benchmark/toy_study.py run --jobs 2     # goes on where it was; results/toy/runs.jsonl
     python benchmark/toy_study.py tables           # results/toy/tables.md and four pictures
-    python benchmark/toy_study.py stable           # each default under 1e-6 and other kernels
-    python benchmark/toy_study.py choose           # the same for three sizes of VPT's noise
 
-Settings are the defaults, which follow the papers' regime; of VPT's --residual-scale `choose` shows
-how little a run moves. Test sets are read once. Paired: the same seed, images and batches.
+toy_study.csv has a kind of run a line. What no flag says is the scripts' default, which follows the
+papers' regime. Test sets are read once. Paired: the same seed, images and batches.
 """
 
 import contextlib
+import csv
 import io
 import itertools
 import json
-import os
+import re
+import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # finds table.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds common.py
 import table
 
 import common
 import data
-import prograd
-import proreg
-import vpt
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmark" / "results" / "toy"
-SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
-PROMPT_TASKS = [name for name in data.world.TASKS if name not in data.world.SHORTCUT]
+RESULTS = Path(__file__).resolve().parent / "results" / "toy"
+TASKS = {"shortcut": list(data.world.SHORTCUT)}
+TASKS["prompt"] = [name for name in data.world.TASKS if name not in data.world.SHORTCUT]
 SEEDS = (1, 2, 3, 4, 5)
-KERNELS = {  # as other processors have: another order of rounding
-    "other kernels": ("avx2", "AVX2", "AVX2"),
-    "older kernels": ("default", "COMPATIBLE", "SSE41"),
-}
-SHOTS = {1: 50, 2: 100, 4: 200, 8: 200, 16: 200}  # and epochs that take the default's steps
-MORE_SHOTS = ["--shots", "16", "--epochs", "10"]
-MIXTURES = ["--ensemble", "0.3", "0.5", "0.7", "--wise-ft", "0.3", "0.5", "0.7"]
+WHAT_IS_SHOWN = """Mean ± standard deviation over seeds, of each seed's mean over tasks; differences
+are paired, ± standard error (pictures: standard errors). "H" is the mean of each run's H, "H of
+means" the papers': of accuracies averaged over tasks and seeds. An ensemble averages logits."""
+PLANES = {  # tables whose first two columns are drawn: file, axes
+    "VPT, six tasks": ("base_new", "base classes, accuracy in %", "new classes, accuracy in %"),
+    "ProReg 3e-4, toy_shapes_biased": (
+        "all_ood", "in distribution, accuracy in %", "other scenes and styles, accuracy in %"),
+}  # fmt: skip
 
 
 # 1. RUNS ------------------------------------------------------------------------------------------
-# fmt: off
+def read_plan() -> list[dict]:
+    """The lines of toy_study.csv: a kind of run each, that every task and seed has."""
+    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def study() -> list[tuple[str, dict, list[str]]]:
-    """(script, what the run is, its flags), the most important first."""
-    rules = {"ProGrad": [], "CoOp": ["--lam", "0"], "CE + KL": ["--rule", "add"]}
-    shares = {f"ProGrad, λ = {lam}": ["--lam", lam] for lam in ("0.5", "0.8")}
-    losses = {"ProReg": ["--loss", "proreg"], "KD": ["--loss", "kd"],
-              "fine-tuning": ["--loss", "ce", *MIXTURES]}
-    vpt = {"VPT": [], "deterministic": ["--samples", "0"]}
-    scales = {f"VPT u = {u}": ["--residual-scale", u] for u in ("0.2", "10")}
-    shots = {k: {"part": "base to new", "shots": k} for k in SHOTS}
-    # Twice as many classes take half of the epochs for as many steps; so does VPT with 16 shots.
-    whole = {k: ["--classes", "all", "--epochs", str(epochs)] for k, epochs in SHOTS.items()}
-    curves = {"part": "curves", "shots": 4}
-    plans = [  # script, tasks, methods, flags of all, what the runs are
-        ("prograd", PROMPT_TASKS, rules | shares, [], shots[4]),
-        *[("proreg", data.world.SHORTCUT, losses, ["--lr", rate], {"part": f"ProReg {rate}"})
-          for rate in ("3e-4", "1e-4")],
-        ("vpt", PROMPT_TASKS, vpt | scales, [], {"part": "VPT"}),
-        *[("prograd", PROMPT_TASKS, rules, [], shots[k]) for k in (1, 2, 8)],
-        ("prograd", PROMPT_TASKS, rules | shares, [], shots[16]),
-        ("vpt", PROMPT_TASKS, vpt, ["--posterior", "image"], {"part": "VPT, image posterior"}),
-        ("prograd", PROMPT_TASKS, rules, ["--eval-every", "40"], curves),
-        ("vpt", PROMPT_TASKS, vpt, MORE_SHOTS, {"part": "VPT, 16 shots"}),
-        *[("prograd", PROMPT_TASKS, rules, whole[k], {"part": "all classes", "shots": k})
-          for k in SHOTS],
-        ("vpt", PROMPT_TASKS, vpt, [*MORE_SHOTS, "--posterior", "image"],
-         {"part": "VPT, image posterior, 16 shots"}),
-    ]
+    """(script, what the run is, its flags) of every run."""
     runs = []
-    for script, tasks, methods, flags, what in plans:
-        shared = [*flags, "--shots", str(what["shots"])] if "shots" in what else flags
-        for task, (method, own), seed in itertools.product(tasks, methods.items(), SEEDS):
-            typed = ["--dataset", task, "--seed", str(seed), "--no-compare", *own, *shared]
-            runs.append((script, what | {"task": task, "method": method, "seed": seed}, typed))
+    for line in read_plan():
+        shared = ["--no-compare", *shlex.split(line["flags"])]
+        for task, seed in itertools.product(TASKS[line["tasks"]], SEEDS):
+            what = {"part": line["part"], "method": line["method"], "task": task, "seed": seed}
+            flags = ["--dataset", task, "--seed", str(seed), *shared]
+            if line["shots"]:
+                what["shots"] = int(line["shots"])
+                flags += ["--shots", line["shots"]]
+            runs.append((line["script"], what, flags))
     return runs
-# fmt: on
 
 
 def key(what: dict) -> str:
@@ -97,17 +75,21 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
         out = Path(folder, "run")
         cache = str(Path(tempfile.gettempdir(), "toy-study-cache"))
         with contextlib.redirect_stdout(io.StringIO()):
-            result = SCRIPTS[script].main([*flags, "--out-dir", str(out), "--cache-dir", cache])
+            result = table.SCRIPTS[script].main(
+                [*flags, "--out-dir", str(out), "--cache-dir", cache]
+            )
         lines = common.read_metrics(out)
     kept = {"H": result["harmonic_mean"], "seconds": result["seconds"]}
     points = [(e + 1, line) for e, line in enumerate(lines) if "val_accuracy" in line]
     names = ("val_accuracy", "cosine", "conflict")
     kept["curve"] = [[e, *(round(line[name], 4) for name in names)] for e, line in points]
-    kept["tests"] = {}
-    for test in result["tests"]:
-        found = {kind: [round(m[name], 4) for name in ("accuracy", "nll", "ece")]
-                 for kind, m in common.measures(test).items()}  # fmt: skip
-        kept["tests"][test["domain"] or test["classes"]] = found
+    kept["tests"] = {
+        test["domain"] or test["classes"]: {
+            kind: [round(m[name], 4) for name in ("accuracy", "nll", "ece")]
+            for kind, m in common.measures(test).items()
+        }
+        for test in result["tests"]
+    }
     return {"what": what, **kept}
 
 
@@ -130,96 +112,99 @@ def run_study(jobs: int) -> None:
 
 
 # 2. TABLES ----------------------------------------------------------------------------------------
-def by_seed(rows: list[dict], value) -> dict[int, float]:
-    """{seed: mean over tasks of value(row)}."""
-    found = defaultdict(list)
-    for row in rows:
-        found[row["what"]["seed"]].append(value(row))
-    return {seed: statistics.mean(values) for seed, values in sorted(found.items())}
-
-
-def measure(column: str, kind: str = "tuned"):
-    """A function row → what the column names: accuracy (%), "base NLL" (0.01 nats), "new ECE" (%);
-    "H" of accuracies; "OOD", their mean over the other domains."""
+def value(row: dict, column: str, kind: str) -> float:
+    """What the column names of a run: accuracy (%), "base NLL" (0.01 nats), "new ECE" (%); "H" of
+    accuracies; "OOD", their mean over the other domains."""
     test, _, what = column.partition(" ")
+    if test == "H":
+        return row["H"][kind]
     index, factor = {"NLL": (1, 100), "ECE": (2, 1)}.get(what, (0, 1))
-
-    def read(row: dict) -> float:
-        if test == "H":
-            return row["H"][kind]
-        names = [name for name in row["tests"] if name not in ("all", "base", "new")]
-        found = [row["tests"][name][kind][index] for name in (names if test == "OOD" else [test])]
-        return factor * statistics.mean(found)
-
-    return read
+    others = [name for name in row["tests"] if name not in ("all", "base", "new")]
+    found = [row["tests"][name][kind][index] for name in (others if test == "OOD" else [test])]
+    return factor * statistics.mean(found)
 
 
-def mean_and_error(rows: list[dict], column: str, kind: str = "tuned") -> tuple[float, float]:
-    values = list(by_seed(rows, measure(column, kind)).values())
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+def by_seed(rows: list[dict], column: str, method: str, kind: str = "tuned") -> dict[int, float]:
+    """{seed: mean over tasks}; "H of means", of accuracies averaged before: {0: H}."""
+    rows = [row for row in rows if row["what"]["method"] == method]
+    if column == "H of means":
+        sides = ("base", "new") if "base" in rows[0]["tests"] else ("all", "OOD")
+        found = [statistics.mean(value(row, side, kind) for row in rows) for side in sides]
+        return {0: common.harmonic_mean(*found)}
+    seeds = data.group(rows, lambda row: row["what"]["seed"])
+    return {seed: statistics.mean(value(row, column, kind) for row in seeds[seed])
+            for seed in sorted(seeds)}  # fmt: skip
 
 
-def select(runs: dict, **wanted) -> list[dict]:
-    return [row for row in runs.values() if wanted.items() <= row["what"].items()]
-
-
-def lines_of(runs: dict, methods: list, tests: list[str], base: str, rival="", **wanted) -> list:
-    """A table: zero-shot, each (title, method, kind), and its paired difference to `base`; of those
-    that are neither to `rival`, too."""
-    first = select(runs, method=base, **wanted)
-    zero = [list(by_seed(first, measure(test, "zero_shot")).values()) for test in tests]
-    out = [["", *tests], ["zero-shot", *[table.spread(values).split(" ±")[0] for values in zero]]]
-    for title, method, kind in methods:
-        found = [by_seed(select(runs, method=method, **wanted), measure(t, kind)) for t in tests]
-        if not found[0]:
+def lines_of(rows: list[dict], methods: list[str], columns: list[str]) -> list[list[str]]:
+    """A table of these rows: zero-shot, each method and what it has as "extra", and the paired
+    differences to the first method and to a method that does without projection or weights."""
+    rivals = [methods[0], *(method for method in ("CE + KL", "KD") if method in methods)]
+    out = [["", *columns]]
+    for method, kind in kinds_of(rows, methods):
+        found = [by_seed(rows, column, method, kind) for column in columns]
+        if kind == "zero_shot":
+            means = [f"{statistics.mean(values.values()):.1f}" for values in found]
+            out.append(["zero-shot", *means])
             continue
-        cells = [table.spread(list(values.values())) for values in found]
-        out.append([f"{title} ({len(found[0])} seeds)", *cells])
-        others = [base, rival] if rival and method not in (base, rival) else [base]
-        for other in others if (method, kind) != (base, "tuned") else ():
-            rest = [by_seed(select(runs, method=other, **wanted), measure(t)) for t in tests]
-            pairs = [[a[seed] - b[seed] for seed in a.keys() & b.keys()]
-                     for a, b in zip(found, rest)]  # fmt: skip
-            out.append([f"… minus {other}", *[table.difference(pair) for pair in pairs]])
+        cells = [table.spread([*values.values()]) for values in found]
+        out.append([f"{title(method, kind)} ({len(found[0])} seeds)", *cells])
+        for rival in rivals[:1] if method in rivals else rivals:
+            rest = [by_seed(rows, column, rival) for column in columns]
+            pairs = [[a[seed] - b[seed] for seed in a] for a, b in zip(found, rest)]
+            if (method, kind) != (rivals[0], "tuned"):
+                out.append([f"… minus {rival}", *map(table.difference, pairs)])
     return out
+
+
+def kinds_of(rows: list[dict], methods: list[str]) -> list[tuple[str, str]]:
+    """(method, what was measured of it): the tuned ones, then extras of the first two methods."""
+    found = [(methods[0], "zero_shot"), *((method, "tuned") for method in methods)]
+    for method in methods[:2]:
+        row = next(row for row in rows if row["what"]["method"] == method)
+        measured = next(iter(row["tests"].values()))
+        found += [(method, kind) for kind in measured if kind not in ("zero_shot", "tuned")]
+    return found
+
+
+def title(method: str, kind: str) -> str:
+    return {"tuned": method, "zero_shot": "zero-shot"}.get(
+        kind, f"{method}, {kind.replace('_', ' ')}"
+    )
 
 
 def curves_of(runs: dict, methods: list[str]) -> tuple[list, dict]:
     """A table of what a run's epochs show, means over tasks and seeds; and accuracy to be drawn."""
     lines, drawn = [], {}
     for method in methods:
-        points = list(zip(*(row["curve"] for row in select(runs, part="curves", method=method))))
-        epochs = [rows[0][0] for rows in points]
+        rows = [row for row in runs.values() if ("curves", method) == (
+            row["what"]["part"], row["what"]["method"])]  # fmt: skip
+        points = [list(zip(*epoch)) for epoch in zip(*(row["curve"] for row in rows))]
+        epochs = [point[0][0] for point in points]
         for k, what in enumerate(("accuracy on validation images, %", "cosine", "conflicts"), 1):
-            values = [statistics.mean(row[k] for row in rows) for rows in points]
-            cells = [f"{value:.1f}" if k == 1 else f"{value:.2f}" for value in values]
-            lines.append([f"{method}: {what}", *cells])
+            values = [statistics.mean(point[k]) for point in points]
+            lines.append([f"{method}: {what}", *[f"{v:.{1 if k == 1 else 2}f}" for v in values]])
             if k == 1:
-                drawn[method] = [(epoch, value, 0.0) for epoch, value in zip(epochs, values)]
+                drawn[method] = [(*point, 0, 0) for point in zip(epochs, values)]
     return [["epoch", *map(str, epochs)], *lines], drawn
 
 
-def sections() -> list[tuple]:
-    """(title, methods, columns, base, rival, which runs) of every table."""
-    rules = ["CoOp", "ProGrad", "CE + KL", "ProGrad, λ = 0.8", "ProGrad, λ = 0.5"]
-    prompts = ["deterministic", "VPT", "VPT u = 0.2", "VPT u = 10"]
-    losses = ["fine-tuning", "ProReg", "KD"]
-    rules, prompts, losses = ([(m, m, "tuned") for m in ms] for ms in (rules, prompts, losses))
-    prompts += [("VPT, mean residual", "VPT", "mean_residual")]
-    losses += [(f"{kind} {a} zero-shot", "fine-tuning", f"{kind} {a}")
-               for kind in ("ensemble", "wise-ft") for a in (0.3, 0.5, 0.7)]  # fmt: skip
-    both = ["base", "new", "H", "base NLL", "new NLL", "base ECE", "new ECE"]
+def tables_of(runs: dict) -> list[tuple]:
+    """(title, rows, methods, columns) of every table: of a part of the study, or of its tasks."""
+    both = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
     found = []
-    for part, tests in (("base to new", both), ("all classes", ["all", "all NLL", "all ECE"])):
-        for shots in SHOTS:
-            title = f"ProGrad, {part}, {shots} shots, six tasks"
-            found.append((title, rules, tests, "CoOp", "CE + KL", {"part": part, "shots": shots}))
-    for part in ("VPT", "VPT, 16 shots", "VPT, image posterior", "VPT, image posterior, 16 shots"):
-        found.append((f"{part}, six tasks", prompts, both, "deterministic", "", {"part": part}))
-    for task in data.world.SHORTCUT:
-        for part in ("ProReg 3e-4", "ProReg 1e-4"):
-            tests, runs = ["all", "OOD", "H"], {"part": part, "task": task}
-            found.append((f"{part}, {task}", losses, tests, "fine-tuning", "KD", runs))
+    parts = data.group(read_plan(), lambda line: (line["part"], line["shots"], line["tasks"]))
+    for (part, shots, tasks), lines in parts.items():
+        rows = [row for row in runs.values() if row["what"]["part"] == part
+                and str(row["what"].get("shots", "")) == shots]  # fmt: skip
+        methods = [line["method"] for line in lines]
+        name = f"{part}, {shots} shots" if shots else part
+        if tasks == "shortcut":
+            for task, own in data.group(rows, lambda row: row["what"]["task"]).items():
+                found.append((f"{name}, {task}", own, methods, ["all", "OOD", "H", "H of means"]))
+        elif part != "curves":
+            columns = ["all", "all NLL", "all ECE"] if part == "all classes" else both
+            found.append((f"{name}, six tasks", rows, methods, columns))
     return found
 
 
@@ -227,81 +212,48 @@ def write_tables() -> None:
     runs = read_runs()
     missing = sum(key(what) not in runs for _, what, _ in study())
     data.require(not missing, f"{missing} runs are not done yet: go on with toy_study.py run")
-    parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %"]
-    parts.append("Means ± standard deviation over seeds; differences are paired, ± standard error.")
-    shots, pictures = defaultdict(list), {}
-    axes = {"VPT": ("base", "new"), "ProReg 3e-4": ("all", "OOD")}
-    for title, methods, columns, base, rival, wanted in sections():
-        parts.append(f"\n## {title}")
-        parts.append(table.markdown(lines_of(runs, methods, columns, base, rival, **wanted)))
-        shown = [("zero-shot", base, "zero_shot"), *methods]
-        found = {title: (select(runs, method=method, **wanted), k) for title, method, k in shown}
-        if wanted["part"] == "base to new":
-            for name in ("CoOp", "ProGrad", "CE + KL"):
-                shots[name].append((wanted["shots"], *mean_and_error(found[name][0], "H")))
-        if wanted["part"] in axes and wanted.get("task") != "toy_shapes_unbiased":
-            x, y = axes[wanted["part"]]
-            points = {name: [(mean_and_error(rows, x, k)[0], *mean_and_error(rows, y, k))]
-                      for name, (rows, k) in found.items()}  # fmt: skip
-            pictures[f"{x}_{y}".lower()] = points, f"{x}, accuracy in %", f"{y}, accuracy in %"
-    lines, drawn = curves_of(runs, ["CoOp", "ProGrad", "CE + KL"])
+    parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %", WHAT_IS_SHOWN]
+    shots, planes = defaultdict(list), {}
+    for name, rows, methods, columns in tables_of(runs):
+        parts += [f"\n## {name}", table.markdown(lines_of(rows, methods, columns))]
+        kinds = kinds_of(rows, methods)
+        if name.startswith("base to new"):
+            for which in kinds[:4]:  # zero-shot, CoOp, ProGrad, CE + KL
+                point = (rows[0]["what"]["shots"], *mean_and_error(rows, "H", *which), 0)
+                shots[title(*which)].append(point)
+        if name in PLANES:
+            planes[name] = defaultdict(list)
+            for which in kinds:
+                x, y = (mean_and_error(rows, column, *which) for column in columns[:2])
+                line = re.sub(r"^.*, (.*) 0\.[357]$", r"\1 with zero-shot", title(*which))
+                planes[name][line].append((x[0], *y, x[1]))
+    lines, curves = curves_of(runs, ["CoOp", "ProGrad", "CE + KL"])
     parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(lines)]
-    pictures["curves"] = drawn, "epoch", "accuracy on validation images of base classes, %"
-    pictures["shots"] = shots, "training images a class", "H of base and new, %", True
-    for name, picture in pictures.items():
-        data.write(RESULTS / f"{name}.svg", table.plot(*picture).encode())
     data.write(RESULTS / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))
+    bars = "(bars: ± standard error over 5 seeds)"
+    table.draw({"": shots}, RESULTS / "shots.svg", table.SHOTS,
+               "H of base and new accuracy, %", bars, shots=True)  # fmt: skip
+    table.draw({"": curves}, RESULTS / "curves.svg", "epoch",
+               "accuracy on validation images of base classes, %",
+               "(mean of six tasks and 5 seeds)")  # fmt: skip
+    for name, (file, x_title, y_title) in PLANES.items():
+        table.draw({"": planes[name]}, RESULTS / f"{file}.svg", x_title, y_title, bars)
 
 
-# 3. STABILITY -------------------------------------------------------------------------------------
-SHAKEN = """import sys, json, torch
-sys.path.insert(0, sys.argv[1])
-import {script} as script
-draw, start = int(sys.argv[2]), script.{start}
-def shaken(*args, **more):
-    value = start(*args, **more)
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(draw))
-    return value * (1 + 1e-6 * noise) if draw else value
-script.{start} = shaken
-result = script.main(["--cache-dir", "none", "--out-dir", *sys.argv[3:]])
-kinds = ("baseline", "tuned")
-print(json.dumps([[t["n"], {{k: t[k]["accuracy"] for k in kinds}}] for t in result["tests"]]))
-"""
-START = {"prograd": "initial_context", "vpt": "initial_context", "proreg": "common.prompt_features"}
-
-
-def stable(commands: list[str]) -> None:
-    """Print by how many images each accuracy of each run (a script and flags) moves."""
-    cases = [(f"start × (1 + 1e-6 noise {d})", d, {}) for d in (1, 2, 3)]
-    names = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
-    cases += [(name, 0, dict(zip(names, values))) for name, values in KERNELS.items()]
-    for run in commands:
-        script, *flags = run.split()
-        code, first = SHAKEN.format(script=script, start=START[script]), None
-        for name, draw, kernels in [("as it is", 0, {}), *cases]:
-            with tempfile.TemporaryDirectory() as folder:
-                call = [sys.executable, "-c", code, ROOT, str(draw), f"{folder}/run", *flags]
-                out = subprocess.check_output(call, text=True, env=os.environ | kernels)
-            found = json.loads(out.splitlines()[-1])
-            first = first or found
-            moved = [f"{kind} {round((m[kind] - m0[kind]) * n / 100):+d}"
-                     for (n, m), (_, m0) in zip(found, first) for kind in m]  # fmt: skip
-            print(f"{run:26} {name:26} images: {', '.join(moved)}", flush=True)
+def mean_and_error(rows: list[dict], column: str, *which: str) -> tuple[float, float]:
+    values = list(by_seed(rows, column, *which).values())
+    return statistics.mean(values), table.standard_error(values)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("action", choices=["run", "tables", "stable", "choose"])
+    parser.add_argument("action", choices=["run", "tables"])
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
     args = parser.parse_args(argv)
     if args.action == "run":
         run_study(args.jobs)
-    if args.action in ("run", "tables"):
-        write_tables()
-    else:
-        scales = [f"vpt --residual-scale {u}" for u in (0.2, 4, 10)]
-        stable(list(START) if args.action == "stable" else scales)
+    write_tables()
 
 
 if __name__ == "__main__":

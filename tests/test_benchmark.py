@@ -1,6 +1,7 @@
 """benchmark/: kernels a step, equal numbers, tables that refuse to mix, the papers' commands."""
 
 import argparse
+import csv
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import CONFIG, TEXT, tiny_model
 
+import common
 import data
 import prograd
 import proreg
@@ -20,6 +22,7 @@ from data import UserError
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmark"))
+import papers  # noqa: E402
 import speed  # noqa: E402
 import table  # noqa: E402
 import toy_study  # noqa: E402
@@ -70,56 +73,146 @@ def test_speed_quick(capsys):
         speed.compare("wrong", steps, args)
 
 
-def result(folder: str, seed: int, tuned: float, shots: int = 4, **settings) -> str:
-    """A run folder with this result."""
-    measures = {"accuracy": tuned, "nll": 1.0, "ece": 1.0}
-    test = {"dataset": "dtd", "domain": "", "classes": "all", "n": 10, "extra": {}}
-    test |= {"zero_shot": measures | {"accuracy": 50.0}, "tuned": measures}
-    test["baseline"] = measures | {"accuracy": tuned - seed}
-    found = {"method": "prograd", "dataset": "dtd", "shots": shots, "lam": 1.0, "seed": seed}
-    content = {"tests": [test], "harmonic_mean": {}, "settings": found | settings}
+def result(folder: str, dataset="dtd", tuned=60.0, *, images="same", train=None, **typed) -> str:
+    """A run folder of prograd.py with these settings, and accuracies around `tuned`."""
+    first = {"dataset": dataset, "method": "prograd", "paper": True, "compare": True} | typed
+    settings = common.DEFAULTS | prograd.defaults(first) | first
+    own = settings["template"] or data.SOURCES[dataset].template
+    tests = []
+    for part in ("base", "new") if settings["classes"] == "base" else ("all",):
+        kinds = {}
+        for kind, shift in {"zero_shot": -10, "baseline": -settings["seed"], "tuned": 0}.items():
+            accuracy = tuned + shift + 4 * (part == "new")
+            kinds[kind] = {"accuracy": accuracy, "nll": accuracy / 100, "ece": 5.0}
+            kinds[kind]["mean_class_accuracy"] = accuracy - 1
+        kinds["baseline"] = kinds["baseline"] if settings["compare"] else None
+        what = {"dataset": dataset, "domain": "", "classes": part, "template": own, "n": 10}
+        tests.append(what | kinds | {"images": images + part, "extra": {}})
+    training = {key: settings[key] for key in ("dataset", "classes", "shots", "seed")}
+    training |= {"run": folder, "split": folder, "template": settings["template"]} | (train or {})
+    content = {"settings": settings, "tests": tests, "training": training, "clip": "c" * 40}
+    content["name"] = "ProGrad" if settings["lam"] else "CoOp"
+    content["baseline_name"] = "CoOp" if settings["compare"] else None
+    content["harmonic_mean"] = common.harmonic_means(tests, dataset)
     data.write(Path(folder, "result.json"), json.dumps(content).encode())
     return folder
 
 
+def printed(capsys, *argv: str) -> str:
+    table.main(list(argv))
+    return capsys.readouterr().out
+
+
 def test_table(capsys):
     """Mean ± std over seeds; paired differences ± standard error; other settings another row."""
-    folders = [result("a", 1, 60.0), result("b", 2, 62.0), result("c", 1, 70.0, lam=0.5)]
-    table.main(folders)
-    out = capsys.readouterr().out
-    assert "| prograd dtd 4 shots lam 1.0 | 2 | tuned | 61.0 ± 1.4 |" in out
-    assert "| prograd dtd 4 shots lam 1.0 | 2 | tuned − baseline | +1.5 ± 0.5 |" in out
-    assert "| prograd dtd 4 shots lam 0.5 | 1 | tuned | 70.0 |" in out
-    with pytest.raises(UserError, match="seed 1 is there twice in runs with equal settings"):
-        table.main([*folders, result("d", 1, 61.0)])
+    folders = [result("a", tuned=60.0, seed=1), result("b", tuned=62.0, seed=2)]
+    out = printed(capsys, *folders, result("c", tuned=70.0, seed=1, lam=0.5))
+    assert "| ProGrad dtd 16 shots lam 0.8 | 2 | ProGrad | 61.0 ± 1.4 |" in out
+    assert "| ProGrad dtd 16 shots lam 0.8 | 2 | ProGrad − CoOp | +1.5 ± 0.5 |" in out
+    assert "| ProGrad dtd 16 shots lam 0.5 | 1 | ProGrad | 70.0 |" in out
+    assert "| 0.610 ± 0.014 |" in printed(capsys, *folders, "--measure", "nll")
+    assert "| 60.0 ± 1.4 |" in printed(capsys, *folders, "--measure", "class-mean")
     with pytest.raises(UserError, match="nothing is not finished"):
         table.main(["nothing"])
+    data.write(Path("old/result.json"), b'{"settings": {}}')
+    with pytest.raises(UserError, match="old is of an older version"):
+        table.main(["old"])
 
 
-def test_table_keeps_kinds_of_runs_apart(capsys):
-    """With and without a baseline; trained on one dataset and evaluated on another."""
-    for name, dataset in {"trained": "dtd", "elsewhere": "sun397"}.items():
-        data.write(
-            Path(name, "config.json"), json.dumps({"settings": {"dataset": dataset}}).encode()
-        )
-    folders = [result("a", 1, 60.0, compare=False), result("b", 2, 62.0, compare=True)]
-    folders += [result("c", 3, 64.0, compare=True, eval="trained")]
-    folders += [result("d", 4, 66.0, compare=True, eval="elsewhere")]
-    table.main(folders)
-    rows = [line for line in capsys.readouterr().out.splitlines() if "| tuned |" in line]
+def test_table_averages_only_what_is_equal_in_all_but_the_draw(capsys):
+    """One training is one seed, however often it is evaluated and whatever --seed says; other
+    weights, test images or training sets are rows of their own, which say so."""
+    first = result("a", seed=1)
+    with pytest.raises(UserError, match=r"b has the training or the seed \(1\) of another run"):
+        table.main([first, result("b", seed=2, eval="a", train={"seed": 1})])
+    folders = [first, result("b", seed=2, images="others"), result("c", seed=3, compare=False)]
+    folders += [result("d", seed=4, eval="elsewhere", train={"dataset": "sun397", "seed": 4})]
+    rows = [line for line in printed(capsys, *folders).splitlines() if "| ProGrad |" in line]
     assert [row.split("|")[2].strip() for row in rows] == ["1"] * 4
-    assert sum("trained on sun397" in row for row in rows) == 1
+    assert sum("images of dtd all others" in row for row in rows) == 1
+    assert sum("trained with dataset sun397" in row for row in rows) == 1
+    assert sum("baseline None" in row for row in rows) == 1
+
+
+def test_means_over_datasets(capsys):
+    """First over datasets, then over seeds; H of means is the papers'; what lacks is named."""
+    sets = {"dtd": 50.0, "eurosat": 80.0}
+    folders = [result(f"{d}{s}", d, a + s, classes="base", seed=s, shots=4)
+               for d, a in sets.items() for s in (1, 2)]  # fmt: skip
+    out = printed(capsys, *folders, result("more", "dtd", 70.0, classes="base", seed=3, shots=4))
+    cells = next(
+        row for row in out.splitlines() if row.startswith("| mean") and "| ProGrad |" in row
+    )
+    found = cells.split("|")
+    assert [cell.strip() for cell in found[2:6]] == ["2", "ProGrad", "66.5 ± 0.7", "70.5 ± 0.7"]
+    papers, own = 2 * 66.5 * 70.5 / 137, [2 * a * (a + 4) / (2 * a + 4) for a in (51, 52, 81, 82)]
+    assert found[6].strip().startswith(f"{sum(own) / 4:.1f} ±")
+    assert found[7].strip() == f"{papers:.1f}"
+    assert "missing: seed 3 of eurosat (left out of all), of the papers' eleven imagenet" in out
+
+
+def test_papers_csv():
+    fields = "protocol backbone method dataset classes test_on shots template accuracy source note"
+    with open(REPO / "benchmark/papers.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 241 and list(rows[0]) == fields.split()
+    for row in rows:
+        assert row["source"] and 0 < float(row["accuracy"]) < 100 and row["shots"].isdecimal()
+        assert row["dataset"] in {*data.SOURCES, "mean of 11"} and row["template"]
+        assert row["test_on"] in {"", "mean of 4", *papers.SHIFTED}
+
+
+def test_published_figures_stand_beside_ours(capsys):
+    """Only where all that matters is the paper's, and from every source; else what differs."""
+    random = {"lam": 0.0, "init": "random", "compare": False}
+    folders = [result("a", tuned=63.0, seed=1, **random), result("b", tuned=64.0, seed=2, **random)]
+    out = printed(capsys, *folders, "--papers")
+    assert "| CoOp, all | 63.50 | 63.70 [2] | -0.20 |" in out
+    assert "[2] yangyangyang127/APE@2eed7cb:APE_results.ipynb (CoOp as released" in out
+    assert "| zero-shot, all | 53.50 | 42.32 [1] | +11.18 |" in out
+    assert "zero-shot is 53.50, published 42.32: other weights, template or test images?" in out
+    assert "RN50 openai, fingerprint cccccccc; '{} texture.'; 10 images of dtd" in out
+    for changed, told in {"lr": 0.1, "views": 5, "epochs": 10, "n_ctx": 4}.items():
+        out = printed(capsys, result("c", **random | {changed: told}), "--papers")
+        assert re.search(rf"none: {changed} {told} \(published: [\d.]+\)", out)
+    out = printed(capsys, result("d", seed=1), "--papers")
+    assert "| CoOp, all | 59.00 | none: init template (published: random) |" in out
+    folders = [result(f"f/{name}", name, 60.0, classes="base", model="ViT-B-16")
+               for name in table.ELEVEN]  # fmt: skip
+    out = printed(capsys, *folders, "--papers")
+    assert (
+        "82.96 [" in out and "82.48 [" in out and "| ProGrad, H of means | 61.94 | 76.16 [" in out
+    )
 
 
 def test_plot():
-    folders = [result(f"{k}{s}", s, 50.0 + k, k) for k in (1, 4, 16) for s in (1, 2)]
-    table.main([*folders, "--plot", "x.svg"])
+    """Several datasets: a panel each and their mean; the same bytes at every call."""
+    runs = [result(f"{d}{k}{s}", d, 50.0 + k, shots=k, seed=s)
+            for d in ("sun397", "ucf101") for k in (1, 4, 16) for s in (1, 2)]  # fmt: skip
+    table.main([*runs, "--plot", "x.svg"])
     svg = Path("x.svg").read_text()
-    assert svg.count("<polyline") == 3 and svg.count("<circle") == 9
-    xs = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)][:3]
-    assert abs((xs[1] - xs[0]) - (xs[2] - xs[1])) < 0.2  # powers of 2 are as far apart
-    with pytest.raises(UserError, match="prograd zero-shot is there twice at 4 shots"):
-        table.main([*folders, result("other", 1, 60.0, 4, lam=0.5), "--plot", "x.svg"])
+    for text in ("sun397", "mean of 2", "ProGrad", "CoOp", "standard error over seeds"):
+        assert text in svg
+    table.main([*runs, "--plot", "y.svg"])
+    assert Path("y.svg").read_text() == svg
+    panels = table.against_shots(
+        table.read_rows([*runs, result("lr", "sun397", lr=0.1)], "nll"), "nll"
+    )
+    points = panels["sun397"]["ProGrad"]
+    assert [x for x, *_ in panels["sun397"]["ProGrad lr 0.1"]] == [16]
+    assert [x for x, *_ in points] == [1, 4, 16] and points[0][1:3] == (0.51, 0.0)
+    table.main([*runs, "--plot", "x.png", "--measure", "ece"])
+    with pytest.raises(UserError, match="a plot is a FILE.svg, FILE.png or FILE.pdf"):
+        table.main([*runs, "--plot", "x.doc"])
+
+
+def test_list_of_runs(capsys):
+    lines = [f"python prograd.py --resume 'my runs/{name}' --seed 1" for name in "abc"]
+    data.write(Path("runs.txt"), "\n".join(lines).encode())
+    Path("my runs/b").mkdir(parents=True)
+    result("my runs/a")
+    out = printed(capsys, "--list", "runs.txt")
+    assert out.startswith("finished: 1: lines 1\nbegun: 1: lines 2\nmissing: 1: lines 3\n| acc")
 
 
 PROTOCOLS = {
@@ -131,15 +224,19 @@ PROTOCOLS = {
     "vpt cross-dataset": 3,
     "vpt domain-generalisation": 3,
     "proreg id-ood": 72,
+    "coop few-shot": 165,
+    "coop domain-generalisation": 3,
+    "zero-shot": 17,
 }
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_papers_commands(protocol):
     """Every line is a command that its script takes, with a folder of its own."""
+    more = ["/my data/it's", "--", "--template", "a {}."]
     script = str(REPO / "benchmark/papers.sh")
     done = subprocess.run(
-        ["bash", script, *protocol.split(), "/data"], capture_output=True, text=True
+        ["bash", script, *protocol.split(), *more], capture_output=True, text=True
     )
     lines = done.stdout.splitlines()
     assert len(lines) == PROTOCOLS[protocol] and len(set(lines)) == len(lines)
@@ -149,6 +246,7 @@ def test_papers_commands(protocol):
         method = SCRIPTS[file.removesuffix(".py")]
         typed = vars(method.build_parser().parse_args(flags))
         assert python == "python" and typed["dataset"] in data.SOURCES and typed["paper"]
+        assert typed["data_root"] == "/my data/it's" and typed["template"] == "a {}."
         folders.add(typed["resume"])
     assert len(folders) == len(lines)
 
@@ -157,13 +255,16 @@ def test_papers_mistake():
     script = str(REPO / "benchmark/papers.sh")
     done = subprocess.run(["bash", script, "vpt", "few-shot"], capture_output=True, text=True)
     assert done.returncode == 2 and "no protocol 'few-shot' of 'vpt'" in done.stderr
+    flags = ["bash", script, "prograd", "few-shot", "/data", "--workers", "4"]
+    done = subprocess.run(flags, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and "flags stand after --" in done.stderr
 
 
 def test_toy_study(monkeypatch, tmp_path, capsys):
     """Runs are kept one by one, and never done twice; tables pair by seed."""
     monkeypatch.setattr(toy_study, "RESULTS", tmp_path / "toy")
     monkeypatch.setattr(toy_study, "SEEDS", (1, 2))
-    monkeypatch.setattr(toy_study, "PROMPT_TASKS", ["toy_colorfills_dark"])
+    monkeypatch.setitem(toy_study.TASKS, "prompt", ["toy_colorfills_dark"])
     jobs = toy_study.study()
     assert len({toy_study.key(what) for _, what, _ in jobs}) == len(jobs) > 100
     for script, _what, flags in jobs:
@@ -185,7 +286,7 @@ def test_toy_study(monkeypatch, tmp_path, capsys):
     toy_study.write_tables()
     out = (tmp_path / "toy/tables.md").read_text()
     assert "| ProGrad (2 seeds) | 62.5 ± 0.7 |" in out
-    assert "| … minus CoOp | +1.0 ± 0.0 | +1.0 ± 0.0 | +1.0 ± 0.0 | +0.0 ± 0.0 |" in out
+    assert "| … minus CoOp | +1.0 ± 0.0 | +1.0 ± 0.0 | +1.0 ± 0.0 | +1.0 | +0.0 ± 0.0 |" in out
     assert "| ProGrad: cosine | 0.50 | 0.40 |" in out
     pictures = {path.stem for path in (tmp_path / "toy").glob("*.svg")}
     assert pictures == {"shots", "base_new", "all_ood", "curves"}

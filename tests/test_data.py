@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
+import types
 import unicodedata
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def arguments(dataset, root="data", **changed) -> argparse.Namespace:
     flags = {"dataset": str(dataset), "data_root": str(root), "download": False, "shots": 4}
     flags |= {"seed": 1, "classes": "all", "test_on": [], "test_part": "test", "template": None}
     flags |= {"train_domain": None, "test_domain": None, "cache_dir": "cache", "out_dir": None}
+    flags["eval"] = None
     return argparse.Namespace(**flags | changed)
 
 
@@ -159,10 +162,13 @@ def test_missing_data_says_what_to_do(tmp_path, everything):
         read("stanford_cars", tmp_path, download=True)
     with pytest.raises(UserError, match="link is dead.*SUN397.tar.gz"):
         read("sun397", tmp_path, download=True)
-    with pytest.raises(UserError, match="no dataset is called 'dtdd'"):
+    with pytest.raises(UserError, match="no dataset is called 'dtdd': use folder:PATH"):
         read("dtdd", tmp_path)
+    with pytest.raises(UserError, match=f"did you mean folder:{tmp_path}.$"):
+        read(tmp_path, tmp_path)
+    assert all(data.COPY in data.SOURCES[name].get for name in ("stanford_cars", "sun397"))
     make_data.dtd(tmp_path, split=False)
-    with pytest.raises(UserError, match="/dtd/split_zhou_DescribableTextures.json .*DATASETS.md"):
+    with pytest.raises(UserError, match="/dtd/split_zhou_Describ.*json .*DATASETS.md, .*zhengli97"):
         read("dtd", tmp_path)
     with pytest.raises(UserError, match="for testing only"):
         load("imagenet_a", everything)
@@ -198,6 +204,12 @@ WRONG_SPLITS = {
     ),
     "are one image: remove one": lambda s: json.dumps(s | {"test": s["train"]}),
 }
+WRONG_SPLITS |= {  # the advice says what differs
+    f"{path}: it has to say banded/0.jpg$": lambda s, path=path: json.dumps(
+        s | {"val": [[path, 0, "banded"]]}
+    )
+    for path in ("./banded/0.jpg", "images/banded/0.jpg", "/abs/banded/0.jpg", "Banded/0.JPG")
+}
 
 
 @pytest.mark.parametrize("fault", WRONG_SPLITS)
@@ -220,6 +232,14 @@ def test_split_file_oddities(tmp_path):
     assert len(found.sets["val", ""]) == 7
     text = "1 images are there more than once, 0 of them in two classes, 1 in two parts"
     assert text in found.notes
+
+
+def test_nico_holds_out_a_rounded_share(tmp_path):
+    """round(0.3 n) of a class's n contexts: 1 of 2, 1 of 4, 2 of 5 and 2 of 6."""
+    for n in (2, 4, 5, 6):
+        photos(tmp_path / f"nico/animal/class{n}", [f"context{i}" for i in range(n)], 6)
+    held = [label for _, label in read("nico_animal", tmp_path).sets["test", data.HELD_OUT]]
+    assert [held.count(label) for label in range(4)] == [6, 6, 12, 12]
 
 
 # CoOp's few-shot draw -----------------------------------------------------------------------------
@@ -520,6 +540,8 @@ def test_template_and_unknown_part(tmp_path):
             load(f"folder:{tmp_path}", template=template)
     with pytest.raises(UserError, match="is no folder"):
         load(f"folder:{tmp_path}/nothing")
+    with pytest.raises(argparse.ArgumentTypeError, match="'x' is neither a number nor all"):
+        data.FLAGS["--shots"]["type"]("x")
 
 
 def test_home_folder(tmp_path, monkeypatch):
@@ -550,16 +572,60 @@ def test_tested_images_that_were_trained_on(tmp_path):
     photos(tmp_path, n=10)
     task = load(f"folder:{tmp_path}", shots="all")
     run = {"settings": {"dataset": task.name}, "root": task.root, "train": task.lines}
-    assert not data.trained_on(task, run)
+    assert not data.trained_on(task.tests, run)
     tested = [f"{data.below(path, task.root)}\t0" for path, _ in task.tests[0].items[:3]]
     run["train"] = task.lines + tested
-    assert len(data.trained_on(task, run)) == 3
-    assert len(data.trained_on(task, run | {"root": "moved"})) == 3
+    assert len(data.trained_on(task.tests, run)) == 3
+    assert len(data.trained_on(task.tests, run | {"root": "moved"})) == 3
     (tmp_path / "b").symlink_to(tmp_path)  # the same photos, otherwise called
     other = load(f"folder:{tmp_path}/b", shots="all")
-    assert len(data.trained_on(other, run)) == 3
+    assert len(data.trained_on(other.tests, run)) == 3
     run["root"] = "moved"
-    assert not data.trained_on(other, run)
+    assert not data.trained_on(other.tests, run)
+
+
+def test_one_test_set_twice_is_refused(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        photos(tmp_path / name)
+    (tmp_path / "link").symlink_to("two")
+    monkeypatch.chdir(tmp_path)
+    others = ["folder:two", "toy_shapes_biased"]
+    assert len(load("folder:one", test_on=others).tests) == 5
+    for again in (*others, "folder:two/", "folder:link", f"folder:{tmp_path}/two"):
+        for dataset, more in (("folder:one", [again]), (again, [])):
+            with pytest.raises(UserError, match="one test set is there twice"):
+                load(dataset, test_on=others + more)
+
+
+def evaluate(task: data.Task, dataset, root="data", **changed) -> data.Task:
+    """load with --eval of a run that was trained on this task."""
+    config = {"settings": {"dataset": task.name}, "root": task.root, "train": task.lines}
+    make_data.text(Path("run/config.json"), [json.dumps(config)])
+    return load(dataset, root, eval="run", **changed)
+
+
+def test_nothing_is_held_out_where_nothing_is_trained_on(tmp_path, everything, monkeypatch):
+    """Neither with --eval nor in --test-on; a test part is kept, and may be all there is."""
+    monkeypatch.chdir(tmp_path)
+    photos(Path("a"))
+    parts = ["parts/train", "parts/test", "test only/test", "val/train", "val/val"]
+    for folder in (*parts, "b", "weather/sun", "weather/rain"):
+        photos(Path(folder), n=2)
+    photos(Path("parts"), ["owl"], n=1, parts=("test",))
+    Path("link").symlink_to("a")
+    task = load("folder:a")
+    for name, n in {"b": 4, "parts": 5, "test only": 4, "val": 4}.items():
+        evaluated = evaluate(task, f"folder:{name}", test_on=["folder:link"])  # trained on: split
+        assert [len(test.items) for test in evaluated.tests] == [n, 6]
+        assert len(load("folder:a", test_on=[f"folder:{name}"]).tests[1].items) == n
+    assert evaluate(task, "folder:b").notes == ["all its 4 images are tested on"]
+    beside = load("folder:a", test_on=["domains:weather"])
+    for tests in (evaluate(task, "domains:weather").tests, beside.tests[1:]):
+        assert [(test.domain, len(test.items)) for test in tests] == [("rain", 4), ("sun", 4)]
+    assert len(evaluate(task, "domains:weather", test_domain=["sun"]).tests) == 1
+    assert len(evaluate(task, "imagenet", everything).tests[0].items) == 12  # its val
+    Path("b/cat/link.png").symlink_to(Path(task.train[0][0]).absolute())
+    assert "1 test images are trained on, as b/cat/link.png" in evaluate(task, "folder:b").notes
 
 
 def test_toy_tasks():
@@ -663,6 +729,16 @@ def test_loader_workers_by_spawn(tmp_path):
     assert [len(labels) for _, labels, _ in loader] == [4, 4]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_broken_images_are_named(workers, tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    images = data.ImageSet([(f"{tmp_path}/{i % 2}.png", 0) for i in range(128)], to_tensor)
+    args = argparse.Namespace(workers=workers, device="cpu")
+    with pytest.raises(UserError, match="mend or remove them: .*/0.png: .*/1.png: "):
+        list(data.load_images(images, [[0], [2]], args, "epoch 1"))
+
+
 def to_tensor(image) -> torch.Tensor:
     return torch.from_numpy(np.array(image))
 
@@ -676,9 +752,10 @@ def test_command_lists_what_is_there(everything, capsys):
 
 
 def test_command_checks_images(tmp_path, capsys):
-    photos(tmp_path)
+    photos(tmp_path, ["cat", "dog", "cup_of_coffee"])
     data.main(["--dataset", f"folder:{tmp_path}", "--check-images"])
-    assert "all images can be read" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all images can be read" in out and "1  cup of coffee  " in out
     for name in ("cat/3.png", "dog/4.png"):
         (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(UserError, match="name one --dataset for this"):
@@ -713,3 +790,26 @@ def test_errors_are_one_line(error, status, text, capsys):
     assert text in err and err.count("\n") == 1
     with pytest.raises(RuntimeError, match="ours"):  # a fault of ours keeps its traceback
         data.run(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
+
+
+def test_streams_that_can_only_write(monkeypatch):
+    texts = []
+    stream = types.SimpleNamespace(write=texts.append, flush=lambda: None)
+    for one in (stream, None):
+        monkeypatch.setattr(sys, "stdout", one)
+        monkeypatch.setattr(sys, "stderr", one)
+        data.run(lambda: print(*data.progress("ab", "count")))
+        with pytest.raises(SystemExit):
+            data.run(lambda: data.require(False, "wrong"))
+    assert "".join(texts) == "a b\nerror: wrong\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed):
+    """Nothing is printed where nobody reads, and no traceback elsewhere."""
+    command = f"{sys.executable} data.py --dataset toy_shapes_biased"
+    lines = f"({command} && ! {command} --train-domain x) {closed}"
+    done = subprocess.run(["sh", "-c", lines], cwd=HERE.parent, capture_output=True)
+    assert done.returncode == 0
+    assert bool(done.stdout) == (closed == "2>&-") and b"error" not in done.stdout
+    assert done.stderr.count(b"\n") == (closed == ">&-")

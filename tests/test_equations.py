@@ -77,9 +77,9 @@ def test_prograd_equations():
 def test_vpt_equations():
     method = PASTED[vpt]
     x, text = F.normalize(randn(4, 8), dim=-1), F.normalize(randn(3, 2, 5, 8, seed=1), dim=-1)
-    shared = np.einsum("bd,lcd->lbc", x, text[:, 0])  # K = 1
+    shared = np.einsum("bd,lcd->lbc", x, text[:, 0])  # Q = 1
     same(method.sample_logits(x, text[:, :1], 9.0), 9 * shared)
-    own = torch.cat([text, text[:, :, [1, 0, 3, 2, 4]]], dim=1)  # K = B
+    own = torch.cat([text, text[:, :, [1, 0, 3, 2, 4]]], dim=1)  # Q = B
     same(method.sample_logits(x, own, 9.0), 9 * np.einsum("bd,lbcd->lbc", x, own))
     mu, logvar, eps = randn(2, 8, size=1), randn(2, 8, seed=1, size=1), randn(3, 1, 8, seed=2)
     sigma = np.sqrt(np.exp(logvar.numpy()))

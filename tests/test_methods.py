@@ -62,6 +62,24 @@ def test_prograd_variants():
     assert checkpoint("short")["model/context"].shape == (4, 64)
 
 
+def test_logged_conflicts_are_those_that_are_projected(toyclip):
+    torch.manual_seed(1)
+    learner = prograd.PromptLearner(toyclip, 0.02 * torch.randn(4, 64))
+    names = learner.names(NAMES)
+    teacher = common.zero_shot_classifier(toyclip, NAMES, ["a photo of a {}."])
+    seen = set()
+    for _ in range(12):
+        batch = F.normalize(torch.randn(2, 64), dim=-1), torch.randint(0, 3, (2,))
+        gradients = []
+        for lam in (0.0, 1.0):
+            args = argparse.Namespace(temperature=1.0, rule="project", lam=lam)
+            conflict = prograd.step(learner, names, teacher, *batch, args)[3].item()
+            gradients.append(learner.context.grad)
+        assert conflict == (not torch.equal(*gradients))
+        seen.add(conflict)
+    assert seen == {0.0, 1.0}
+
+
 def test_csc():
     result = run(prograd, "--csc", "--out-dir", "csc", "--shots", "1")
     assert checkpoint("csc")["model/context"].shape == (24, 16, 64)
@@ -157,8 +175,12 @@ def test_vpt_runs():
     assert set(image["tests"][0]["extra"]) == {"mean_residual"}
     elbo = run(vpt, "--bound", "elbo", "--kl-weight", "64", "--samples", "2", "--shots", "1")
     assert elbo["tests"][0]["tuned"] != image["tests"][0]["tuned"]
-    again = run(vpt, "--eval", "runs/vpt-toy_fillshapes_sketch-1shot-seed1", "--seed", "2")
-    assert again["tests"] == image["tests"]  # the noise belongs to the run
+    folder = "runs/vpt-toy_fillshapes_sketch-1shot-seed1"
+    assert run(vpt, "--eval", folder)["tests"] == image["tests"]
+    clip = common.load_clip()
+    learner = vpt.read_learner(folder, argparse.Namespace(seed=2), clip)
+    noise = vpt.noise(clip, 1, 2, [("evaluation",)])
+    assert torch.equal(learner.eval_noise, noise)  # the noise belongs to the run
     with pytest.raises(UserError, match="--ctx-init is empty"):
         run(vpt, "--ctx-init", " ")
 
