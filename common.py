@@ -136,18 +136,20 @@ def load_clip(
     note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
     clip = Clip(
-        net.to(device),
+        net,
         open_clip.transform.image_transform_v2(cfg, is_train=False),
         tokenizer,
         name,
         pretrained or "",
-        device,
         memory_gb=memory_gb,
         scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
         notes=(note,) if has_twin and activation(net) == "GELU" else (),
     )
-    return in_precision(check_text_tower(clip), precision, tuned)
+    # WHY checked on the CPU: a fault of ours that a GPU alone shows is to stop the run.
+    clip = in_precision(check_text_tower(clip), precision, tuned)
+    net.to(device)
+    return dataclasses.replace(clip, device=device)
 
 
 def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
