@@ -762,9 +762,9 @@ class Task:
     val: list[Item]
     tests: list[Test]
     notes: list[str]
-    lines: list[str]  # "path below the root<tab>label" of each image trained on
-    split: str  # hash of the lines
-    root: str
+    lines: list[str] = field(default_factory=list)  # item_lines of what is trained on
+    split: str = ""  # hash of the lines
+    root: str = ""
 
     def validation(self) -> list[Test]:
         """The validation part of the training classes."""
