@@ -771,6 +771,8 @@ def inherited(typed: dict, method: str) -> dict:
             f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out",
         )
     found = {key: value for key, value in stored.items() if key not in unread}
+    if "resume" in typed:
+        return found
     if typed.get("dataset", stored["dataset"]) != stored["dataset"]:  # its classes are all new
         found |= {"train_domain": None, "test_domain": None, "classes": "all"}
     require(

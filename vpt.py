@@ -484,10 +484,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = common.settle(build_parser(), argv, "vpt", defaults)
     compare = args.compare and args.samples and not args.eval
     task = data.load_task(args)
+    clip = common.load_run_clip(args, task)
     task.notes += common.warmup_notes(args)
     if args.samples:
         task.notes.append("mean residual: VPT's prediction by one prompt, that of r = μ")
-    clip = common.load_run_clip(args, task)
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)

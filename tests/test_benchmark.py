@@ -93,7 +93,7 @@ def result(folder: str, dataset="dtd", tuned=60.0, *, images="same", train=None,
     content = {"settings": settings, "tests": tests, "training": training, "clip": "c" * 40}
     content["name"] = "ProGrad" if settings["lam"] else "CoOp"
     content["baseline_name"] = "CoOp" if settings["compare"] else None
-    content["harmonic_mean"] = common.harmonic_means(tests, dataset)
+    content["harmonic_mean"] = common.harmonic_means(tests)
     data.write(Path(folder, "result.json"), json.dumps(content).encode())
     return folder
 

@@ -46,7 +46,8 @@ def test_every_command_is_one():
             SCRIPTS[files[0]].build_parser().parse_args(flags)
             tried += 1
         for word in words:
-            if word.endswith((".py", ".sh")) and not word.startswith("mine/"):  # what export writes
+            made = word in ("mine/classify.py", "dropout.py")  # by an export, by the recipe
+            if word.endswith((".py", ".sh")) and not made:
                 assert (REPO / word).exists(), word
     assert tried >= 15
 

@@ -90,7 +90,7 @@ def test_help_fits_on_two_screens(name, capsys):
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     assert len(out.splitlines()) <= 80 and max(map(len, out.splitlines())) <= 110
-    own = out.index({"prograd": "ProGrad:", "vpt": "VPT:", "proreg": "ProReg:"}[name] + "\n")
+    own = out.index({"prograd": "ProGrad (", "vpt": "VPT (", "proreg": "ProReg ("}[name])
     assert own < out.index("data:") < out.index("run:")
     assert "[toy " in out
 
