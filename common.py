@@ -11,7 +11,7 @@ and `text_tower`. The rest is the harness: skip it until you want to know how a 
 
 Axes, everywhere: B images in a batch, N images, C classes, D joint embedding width, W width of the
 text transformer, M context tokens, P prefix tokens (SOS + context), G different prefixes, R rows of
-S tokens that hold all class names, K texts in a row, L samples. A small letter: a part of as many.
+S tokens that hold all class names, K texts in a row, L samples. Small letters: mostly a part.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def load_clip(
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
         notes=(note,) if has_twin and activation(net) == "GELU" else (),
     )
-    # WHY checked on the CPU: a fault of ours that a GPU alone shows is to stop the run.
+    # WHY checked on the CPU: a fault that only a GPU shows must stop the run.
     clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
     return dataclasses.replace(clip, device=device)
@@ -157,8 +157,8 @@ def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
     pass (linear layers, convolutions, attention, projections) is cast once. Every number stays that
     of autocast over fp32 weights, to the last bit.
 
-    A text tower stays fp32 in fp16, as passes with gradients need it (see autocast), and where
-    open_clip's own code runs it, which casts more.
+    The text tower stays fp32 in fp16 (for gradients: see autocast) and for `plain`, as open_clip's
+    own code casts more.
     """
     if precision == "fp32":
         return clip
@@ -264,8 +264,9 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
 
 
 # 2. TEXT: many names behind one prefix. The heart of the project's speed --------------------------
-# To paste it elsewhere take along the imports and ROW_LENGTH, HALF, Clip, text_tower, autocast from
-# above, UserError, require from data.py. benchmark/README.md shows a training loop with it.
+# To paste it elsewhere take along the imports and ROW_LENGTH, HALF, Clip, text_tower, autocast,
+# check_text_tower from above, UserError, require from data.py. benchmark/README.md shows a training
+# loop with it. (Of the imports not those of data.py.)
 @dataclasses.dataclass
 class Names:
     """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
@@ -384,9 +385,9 @@ def pack(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | 
     tower = text_tower(clip.model)
     table, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
     ids = [token_ids(clip, text, len(position) - before - own) for text in texts]
-    # All tokens stand in one line: each text has `size` of them, each row gets an equal share.
+    # All tokens stand in one line: each text has `size` of them, rows get about equal shares.
     size = torch.tensor([own + len(text) for text in ids])  # [C]
-    end = size.cumsum(0)  # [C] where the next text begins
+    end = size.cumsum(0)  # [C] one past its EOT
     n_rows = math.ceil(int(end[-1]) / max(1, ROW_LENGTH - before))
     row_of = (end - size) * n_rows // end[-1]  # [C] the row of each text
     # Of each token in that line: its text, its place in the text, its row, its place in the row.
@@ -593,7 +594,7 @@ def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
     right = (predicted == labels).to(confidence)
     per_class = labels.bincount(right) / labels.bincount()  # 0 / 0 where there is no image
     bins = (confidence * 15).long().clamp(0, 14)  # bin b holds confidences in [b/15, (b+1)/15)
-    gaps = bins.bincount(right - confidence, 15)  # of each bin the sum of both
+    gaps = bins.bincount(right - confidence, 15)  # of each bin that sum
     nll = nlls.mean().item()
     if not math.isfinite(nll):
         raise FloatingPointError("predictions are not finite: try --precision fp32, a lower --lr")
@@ -914,7 +915,7 @@ def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     raw = [value.detach().flatten().view(torch.uint8) for value in tensors.values()]
     parts = torch.cat(raw).cpu().split([len(part) for part in raw])
     return {
-        name: part.clone().view(value.dtype).view(value.shape)  # a clone lies where its type can
+        name: part.clone().view(value.dtype).view(value.shape)  # a clone is aligned for its type
         for (name, value), part in zip(tensors.items(), parts)
     }
 
@@ -974,7 +975,8 @@ def end_epoch(
 
     line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
     """
-    learned = {name: (value * 0).sum() for name, value in module.state_dict().items()}  # 0, or nan
+    # 0, or nan where anything in it is not finite.
+    learned = {name: (value * 0).sum() for name, value in module.state_dict().items()}
     tensors = {name: x.double() for name, x in (learned | line).items() if torch.is_tensor(x)}
     read = dict(zip(tensors, torch.stack([*tensors.values()]).tolist()))
     bad = [name for name, number in (line | read).items() if not math.isfinite(number)]

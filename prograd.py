@@ -61,8 +61,8 @@ PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/
     features of OpenAI's 80 templates for ImageNet (toyclip: of its captions' templates).
 
     python prograd.py                                                # toy world, toy CLIP
-    python prograd.py --dataset oxford_pets --shots 16 --paper       # the code's few-shot protocol
-    python prograd.py --dataset dtd --classes base --shots 4 --paper # base-to-new
+    python prograd.py --dataset dtd --shots 16 --paper               # the code's few-shot protocol
+    python prograd.py --dataset dtd --classes base --shots 4         # base-to-new
     python prograd.py --dataset folder:my_photos --model ViT-B-16 --pretrained openai
 """
 
@@ -88,8 +88,8 @@ def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
     the inner product is over the whole tensor.
 
     Without a conflict, or where g_g is 0, the result is g_d. In a conflict λ = 1 makes it
-    orthogonal to g_g. However small g_g is, its direction counts. So it does in the first step from
-    a context that equals the teacher's prompt: there p = p_zs, so that g_g should be 0 and is
+    orthogonal to g_g. If g_g is tiny, its direction counts all the same. So it does in the first
+    step from a context that equals the teacher's prompt: there p = p_zs, so that g_g should be 0 and is
     rounding noise below 1e-8. The first epoch's rate of 1e-5 keeps that step small.
 
     WHY several workers must not project their own gradients and average the results: the projection
@@ -146,7 +146,7 @@ class PromptLearner(torch.nn.Module):
         return common.name_tokens(self.clip, classnames, 0, own=M)  # M free places before each
 
     def forward(self, names: Names) -> Tensor:
-        """names(classnames) → text features [C, D], unnormalised."""
+        """What names(classnames) gives → text features [C, D], unnormalised."""
         prefix = common.start_of_text(self.clip)  # [1, 1, W]
         if self.context.dim() == 2:  # [SOS, context] is the same for all classes
             prefix = torch.cat([prefix, self.context[None]], dim=1)  # [1, 1 + M, W]

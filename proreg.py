@@ -4,7 +4,7 @@ The idea. Fine-tuning CLIP's image encoder raises the accuracy on images like th
 and lowers it elsewhere: where all cows stand on grass, grass becomes a cow. The zero-shot prompt "a
 photo of a CLASS." knows better, but is too generic for a special task. ProReg fine-tunes towards
 both the label and the zero-shot prediction, and mixes them sample by sample: more of the prompt
-where it is sure of the label and right, less where the tuned model is sure of the label already.
+where it is sure of the label, less where the tuned model is sure of the label already.
 
 Equations (numbered by this file: the paper could not be read in full)
     Eq. 1   p(c | x) = softmax over c of s cos(f(x), t_c)                        the tuned CLIP
@@ -13,7 +13,7 @@ Equations (numbered by this file: the paper could not be read in full)
     Eq. 3   L_kl = -T² sum_c p_zs(c | x) log p(c | x), both at temperature T     zero-shot's loss
     Eq. 4   w = p_zs(y | x)^k / (p(y | x) + p_zs(y | x)^k + 1e-5)                trust in the prompt
             no gradient flows through w. It is 0.5 where both are sure of the label, 1 where only
-            the prompt is, 0 where only the tuned model is
+            the prompt is, 0 where the prompt is not
     Eq. 5   L = mean of (1 - w) L_ce + α mean of w L_kl                          --loss proreg
     Eq. 6   L = (1 - α) mean of L_ce + α mean of L_kl                            --loss kd
     Eq. 7   f, t, log s <- AdamW, at a rate that rises linearly from 0, then falls linearly; it
@@ -188,7 +188,7 @@ class PromptedClassifier(torch.nn.Module):
 
     text_features [C, D] stay unnormalised, as released. WHY that matters: Adam's steps have one
     size, so the length of a row sets how fast it turns. head "mlp": no prompt, but two layers from
-    a random start, cls_head, which is the papers' ordinary fine-tuning.
+    a random start, cls_head, which is ordinary fine-tuning.
     """
 
     def __init__(
@@ -364,7 +364,7 @@ def step(
         w = torch.zeros_like(loss_ce)
     else:
         zs_logits = teacher(images, index)
-        w = adaptive_weight(logits, zs_logits, labels, args.power)  # to log: the losses make theirs
+        w = adaptive_weight(logits, zs_logits, labels, args.power)  # for the log
     if args.loss == "proreg":  # Eq. 5
         loss = proreg_loss(logits, zs_logits, labels, args.alpha, args.power, args.temperature)
     if args.loss == "kd":  # Eq. 6
@@ -435,7 +435,7 @@ def training_batches(args: argparse.Namespace, clip: Clip, task: data.Task) -> C
 
 def own_parts(batch: Tensor, accumulate: int) -> list[Tensor]:
     """This process's images of a batch [B], in at most `accumulate` parts of about one size; none
-    where the batch has fewer images than there are processes."""
+    where the batch has none for this process."""
     return [part for part in batch[rank() :: world_size()].chunk(accumulate) if len(part)]
 
 
@@ -578,8 +578,10 @@ def check_task(args: argparse.Namespace, task: data.Task) -> None:
         require(world_size() <= min(args.batch_size, len(task.train)), "too small batches to share")
         if args.select == "val" or args.eval_every:
             task.validation()  # or UserError: there is none
-        # The last batch of an epoch may be smaller: rounded up.
-        steps = args.epochs * ((len(task.train) + args.batch_size - 1) // args.batch_size)
+        # An epoch's batches start at 0, B, 2 B, ..
+        steps = args.epochs * len(
+            range(0, len(task.train), args.batch_size)[: args.max_steps or None]
+        )
         if int(steps * args.warmup) == 0 < args.warmup:
             task.notes.append(f"{steps} steps are too few for --warmup {args.warmup:g}")
     trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames

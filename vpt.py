@@ -62,7 +62,7 @@ github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff, and is followed; FILE:LI
     three layers (trainers/vpt.py:31-37, 48-49), and so do we.
  5. Batch: the code's image posterior is wrong for more than one image (trainers/vpt.py:214 adds
     [B, W] to [M, W]), and its batches have 1
-    (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3). So has our default on real data,
+    (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3). So has our default,
     because the learning rate goes with it. Here batches may be larger: the loss is the mean over
     their images.
  6. Evaluation noise: the code draws it afresh for each image from the global generator
@@ -115,8 +115,8 @@ def sample_residual(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [Q, W], eps [L, Q, W] → r
     [L, Q, W]. (eps [L, 1, W] serves all Q posteriors alike.)
 
-    WHY so: all randomness is in eps, so that gradients reach mu and logvar. logvar is log σ², hence
-    the half.
+    WHY so: all randomness is in eps, so that gradients reach mu and logvar. logvar is log σ²,
+    half of it is log σ.
 
     >>> sample_residual(torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[[2.0]]]))
     tensor([[[3.]]])
@@ -131,7 +131,7 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 
     WHY expm1: near logvar = 0, to where the prior pulls, exp(logvar) - 1 loses its digits.
 
-    >>> kl_to_standard_normal(torch.tensor([0.0, 2.0]), torch.zeros(2))  # 0 and 2 nats
+    >>> kl_to_standard_normal(torch.tensor([0.0, 2.0]), torch.zeros(2))  # the mean of 0 and 2 nats
     tensor(1.)
     """
     # Eq. 4: KL = mean( (mu² + exp(logvar) - 1 - logvar) / 2 )
@@ -418,7 +418,7 @@ def predict(
         residual = torch.cat([mu[None], sample_residual(mu, logvar, learner.eval_noise)])
         return F.normalize(learner(names, residual), dim=-1)
 
-    # Images go in chunks that take a quarter of the memory; the text encoder takes the rest.
+    # Images go in chunks that take a quarter of the memory, beside the text encoder's.
     logits_each = n_prompts * len(classnames)  # of one image
     floats = 6 * logits_each  # at most six arrays of them at a time
     if learner.kind == "image":
