@@ -89,8 +89,8 @@ def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
 
     Without a conflict, or where g_g is 0, the result is g_d. In a conflict λ = 1 makes it
     orthogonal to g_g. If g_g is tiny, its direction counts all the same. So it does in the first
-    step from a context that equals the teacher's prompt: there p = p_zs, so that g_g should be 0 and is
-    rounding noise below 1e-8. The first epoch's rate of 1e-5 keeps that step small.
+    step from a context that equals the teacher's prompt: there p = p_zs, so that g_g should be 0
+    and is rounding noise below 1e-8. The first epoch's rate of 1e-5 keeps that step small.
 
     WHY several workers must not project their own gradients and average the results: the projection
     is not linear, and a mean of projected gradients can conflict with the mean g_g. Average g_d and
