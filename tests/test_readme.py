@@ -23,6 +23,7 @@ SCRIPTS = {"prograd.py": prograd, "vpt.py": vpt, "proreg.py": proreg}
 
 def commands(text: str) -> list[str]:
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    blocks = re.sub(r"<<'END'.*?\nEND\n", "\n", blocks, flags=re.S)  # a program's lines
     return [line.split("#")[0] for line in blocks.splitlines()] + re.findall(
         r"`(python [^`]*)`", text
     )
