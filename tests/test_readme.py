@@ -42,7 +42,7 @@ def test_every_command_is_one():
     for line in lines:
         words = shlex.split(line)
         files = [word for word in words if word in SCRIPTS]
-        if files and "-" not in words:  # python - FILE reads it
+        if files and words[:2] not in (["python", "-"], ["python", "-m"]):  # these read it
             flags = words[words.index(files[0]) + 1 :]
             SCRIPTS[files[0]].build_parser().parse_args(flags)
             tried += 1
