@@ -93,7 +93,7 @@ def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False
     clip = load_clip(
         args.model, args.pretrained, args.device, args.precision, args.memory_gb, tuned
     )
-    task.notes += clip.notes
+    task.notes[:0] = clip.notes  # before those on the data: at most two are printed
     return clip
 
 
@@ -117,7 +117,8 @@ def load_clip(
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds
         reason = str(error)[:1000] or repr(error)
-        if "weights_only" in reason:  # torch's advice is to unpickle all the same
+        if os.path.isfile(pretrained or "") and not isinstance(error, UserError):
+            # WHY not torch's words: they advise to unpickle all the same.
             reason = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
         raise UserError(f"cannot load {model} {pretrained or ''}: {reason}") from error
     finally:
@@ -774,8 +775,10 @@ def inherited(typed: dict, method: str) -> dict:
     found = {key: value for key, value in stored.items() if key not in unread}
     if "resume" in typed:
         return found
+    trained = Path(folder, "checkpoint.safetensors").exists()
+    require(trained, f"{folder} has nothing trained yet: --resume it")
     if typed.get("dataset", stored["dataset"]) != stored["dataset"]:  # its classes are all new
-        found |= {"train_domain": None, "test_domain": None, "classes": "all"}
+        found |= {"train_domain": None, "test_domain": None, "classes": "all", "test_on": []}
     require(
         found["classes"] == "base" or typed.get("classes") != "base",
         f"{folder} was not trained on half of these classes: leave --classes base out",
@@ -788,9 +791,12 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     require(path.exists(), f"{folder} is no run folder: there is no {path}")
     config = read_json(path)
-    known = {"method", "settings", "weights", "classnames", "template", "root", "train", "tests"}
+    known = {"method", "settings", "weights", "classnames", "template", "root", "train", "pool",
+             "tests"}  # fmt: skip
     lacks = known - config.keys() or DEFAULTS.keys() - config["settings"]
-    require(not lacks, f"{path} is of another program or version: it lacks {', '.join(lacks)}")
+    require(
+        not lacks, f"{path} is of another program or version: it lacks {min(lacks, default='')}"
+    )
     return config
 
 
@@ -806,7 +812,7 @@ def flag(key: str) -> str:
 
 def several_processes() -> bool:
     """Whether torchrun started this process beside others."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def settle_device(args: argparse.Namespace) -> None:
@@ -828,13 +834,13 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     """Make or find the run folder, write config.json, print what is done on what."""
     config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
               "classnames": task.classnames, "template": task.template, "split": task.split,
-              "root": os.path.abspath(task.root), "train": task.lines,
+              "root": os.path.abspath(task.root), "train": task.lines, "pool": task.pool,
               "tests": [test.images for test in task.tests]}  # fmt: skip
     earlier = args.eval or args.resume
     if earlier and begun(earlier):
         compare_runs(read_run(earlier), config, earlier)
     if args.eval and not Path(args.eval, "result.json").exists():
-        task.notes.append(f"{args.eval} has not finished training")
+        task.notes.insert(0, f"{args.eval} has not finished training")
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
@@ -1036,7 +1042,7 @@ def write_result(
     write(out / "predictions.npz", buffer.getbuffer())
     trained = read_run(args.eval)["settings"] if args.eval else vars(args)
     decided = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
-    training = {"run": os.path.abspath(args.eval or out), "split": task.split,
+    training = {"run": os.path.abspath(args.eval or out), "split": task.split, "pool": task.pool,
                 **{key: trained[key] for key in decided}}  # fmt: skip
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,

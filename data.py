@@ -764,6 +764,7 @@ class Task:
     notes: list[str]
     lines: list[str] = field(default_factory=list)  # item_lines of what is trained on
     split: str = ""  # hash of the lines
+    pool: str = ""  # hash of all images that the shots are drawn from
     root: str = ""
 
     def validation(self) -> list[Test]:
@@ -799,11 +800,11 @@ def load_task(args: argparse.Namespace) -> Task:
         tell(other.notes, args.template, f"its template is {other.source.template!r}")
         found.notes += [f"{other.name}: {note}" for note in other.notes]
     train, val = ([], []) if args.eval else draw(found, labels, args)
-    run = {"train": item_lines(train, found.root), "root": found.root} | run
+    pool = fingerprint(item_lines(found.sets["train", ""], found.root))
+    run = {"train": item_lines(train, found.root), "pool": pool, "root": found.root} | run
     seen = trained_on(tests, run)
     text = f"{len(seen)} test images are trained on, as {min(seen, default='')}"
     require(args.eval or not seen, f"{text}: remove them")
-    tell(found.notes, seen, text)
     return Task(
         name=found.name,
         classnames=found.classnames[: len(labels)],
@@ -812,9 +813,10 @@ def load_task(args: argparse.Namespace) -> Task:
         train=train,
         val=val,
         tests=tests,
-        notes=found.notes,
+        notes=[text] * bool(seen) + found.notes,
         lines=run["train"],
         split=fingerprint(run["train"]),
+        pool=run["pool"],
         root=found.root,
     )
 

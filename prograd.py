@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> dict:
         require(same, f"{args.eval} has contexts for its own classes (--csc), not for these")
     compare = args.compare and args.lam != 0 and not args.eval
     clip = common.load_run_clip(args, task)
-    task.notes += common.warmup_notes(args)
+    task.notes[:0] = common.warmup_notes(args)
     against = "CoOp and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)

@@ -583,7 +583,7 @@ def check_task(args: argparse.Namespace, task: data.Task) -> None:
             range(0, len(task.train), args.batch_size)[: args.max_steps or None]
         )
         if int(steps * args.warmup) == 0 < args.warmup:
-            task.notes.append(f"{steps} steps are too few for --warmup {args.warmup:g}")
+            task.notes.insert(0, f"{steps} steps are too few for --warmup {args.warmup:g}")
     trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
     tested = {name for test in task.tests for name in data.numbered(test.classnames)}
     require(

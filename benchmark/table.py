@@ -82,7 +82,11 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
     for key, row in rows.items():
         kind = [row.name, row.dataset, row.shots]
         alike = [json.loads(k) for k, o in rows.items() if [o.name, o.dataset, o.shots] == kind]
-        row.label = " ".join(["{} {} {} shots".format(*kind), *differing(json.loads(key), alike)])
+        words = differing(json.loads(key), alike)
+        trained = next(iter(row.results.values()))["training"]["dataset"]
+        if trained != row.dataset and not any("trained with dataset" in word for word in words):
+            words.append(f"trained on {trained}")
+        row.label = " ".join(["{} {} {} shots".format(*kind), *words])
         row.figures = figures_of(row.results, MEASURES[measure][0])
     return list(rows.values())
 

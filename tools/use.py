@@ -220,8 +220,7 @@ def export(run: Run, args: argparse.Namespace) -> None:
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     data.write(path, safetensors.torch.save(tensors, note))
     data.write(beside, program)
-    weights = "" if tag or encoder is not clip.model else " --pretrained W"
-    print(f"written to {path}: {shapes}; try next: python {beside} {path} IMAGE{weights}")
+    print(f"written to {path}: {shapes}; try next: python {beside} {path} IMAGE (see its head)")
 
 
 def export_features(run: Run, args: argparse.Namespace) -> None:
