@@ -366,8 +366,8 @@ def main(argv: list[str] | None = None) -> dict:
         same = common.read_run(args.eval)["classnames"] == task.classnames
         require(same, f"{args.eval} has contexts for its own classes (--csc), not for these")
     compare = args.compare and args.lam != 0 and not args.eval
-    clip = common.load_run_clip(args, task)
     task.notes[:0] = common.warmup_notes(args)
+    clip = common.load_run_clip(args, task)
     against = "CoOp and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)

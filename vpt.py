@@ -484,8 +484,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = common.settle(build_parser(), argv, "vpt", defaults)
     compare = args.compare and args.samples and not args.eval
     task = data.load_task(args)
-    clip = common.load_run_clip(args, task)
     task.notes[:0] = common.warmup_notes(args)
+    clip = common.load_run_clip(args, task)
     if args.samples:
         task.notes.append("mean residual: VPT's prediction by one prompt, that of r = μ")
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
