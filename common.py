@@ -496,7 +496,8 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     """
     labels = torch.tensor([label for _, label in items], device=clip.device)
     cache = cache and args.cache_dir != "none"
-    path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
+    if cache:
+        path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
     if cache and path.exists():
         with contextlib.suppress(Exception):  # after a full disk or a kill
             return safetensors.torch.load_file(path, device=clip.device)["features"], labels
@@ -715,12 +716,15 @@ def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> da
     return parser
 
 
-def settle(parser: data.Parser, argv, method: str, defaults: Callable) -> argparse.Namespace:
+def settle(
+    parser: data.Parser, argv, method: str, defaults: Callable, alone: bool = True
+) -> argparse.Namespace:
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
-    this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used."""
+    this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used, and for
+    several processes where a method learns `alone`."""
     typed = vars(parser.parse_args(argv))
     require(
-        method == "proreg" or not several_processes(),
+        not (alone and several_processes()),
         f"{method}.py runs in one process: start it by python, one run for each GPU",
     )
     require(
@@ -935,15 +939,15 @@ def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None)
             note = json.loads(file.metadata()["note"])
     except Exception as error:  # there is none yet, or it is a foreign or damaged file
         raise UserError(f"{path} cannot be read: {error}") from error
-    load_tensors(module, named(tensors, "model/"), f"{path} does not fit these flags")
+    load_tensors(module, part_of(tensors, "model/"), f"{path} does not fit these flags")
     if optimizer:
         count = sum(len(group["params"]) for group in optimizer.param_groups)
-        states = {i: named(tensors, f"optimizer/{i}/") for i in range(count)}
+        states = {i: part_of(tensors, f"optimizer/{i}/") for i in range(count)}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
     return note
 
 
-def named(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+def part_of(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `start`, by the rest of their names."""
     return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
 
@@ -957,7 +961,8 @@ def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer)
 def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> Iterator[tuple]:
     """(epoch, views(epoch)) from epoch `first` on. After one of them a line says how long the rest
     takes, if it is more than two minutes."""
-    for epoch in progress(range(first, args.epochs), name):
+    bar = progress(range(first, args.epochs), name)
+    for epoch in bar:
         start = time.time()
         found = views(epoch)
         encoded = time.time()
@@ -965,7 +970,7 @@ def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> 
         left = args.epochs - epoch - 1
         views_left = 0 if args.augment == "none" else min(left, (args.views or args.epochs) - 1)
         seconds = left * (time.time() - encoded) + views_left * (encoded - start)
-        if epoch == first and seconds > 120:
+        if epoch == first and seconds > 120 and not bar.disable:
             print(
                 f"about {seconds / 60:.0f} minutes to go; less with fewer --epochs, --views 10 or "
                 "--augment none",

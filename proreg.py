@@ -599,7 +599,7 @@ def method_name(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds (in the first process)."""
-    args = common.settle(build_parser(), argv, "proreg", defaults)
+    args = common.settle(build_parser(), argv, "proreg", defaults, alone=False)
     join_processes(args)
     compare = args.compare and args.loss != "ce" and not args.eval
     task = data.load_task(args)
