@@ -209,7 +209,7 @@ PAPER = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "
 def defaults(run: dict) -> dict:
     """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
     earlier run; "dataset" at least."""
-    if run["dataset"].startswith("toy_"):
+    if run.get("dataset", "toy_").startswith("toy_"):
         # About as many steps as the paper's runs with 1, 2, 4, 8, 16 shots. Those, on 24 to 50
         # classes: 50, 100 to 300, 300 to 600, 1,200 to 2,400, 2,400 to 5,000. These, on 12 classes:
         # 100, 200, 400, 1,200, 2,400.
@@ -278,7 +278,8 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
     learner = PromptLearner(clip, context)
     names = learner.names(task.classnames)
     teacher = teacher_classifier(args, clip, task)
-    validation = common.encode_tests(args, clip, task.validation()) if args.eval_every else []
+    tests = task.validation() if args.eval_every else []
+    validation = [common.encode_test(args, clip, test) for test in tests]
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
@@ -371,7 +372,7 @@ def main(argv: list[str] | None = None) -> dict:
     against = "CoOp and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)
-    encoded = common.encode_tests(args, clip, task.tests)
+    encoded = [common.encode_test(args, clip, test) for test in task.tests]
     baseline = None
     if compare:  # CoOp: λ = 0, from the same start on the same batches
         plain = argparse.Namespace(**vars(args) | {"lam": 0.0})

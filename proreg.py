@@ -283,8 +283,8 @@ def defaults(run: dict) -> dict:
     """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
     earlier run; "dataset" at least."""
     alphas = ALPHA[run.get("loss", "proreg")]
-    alpha = alphas.get(run["dataset"] if run.get("paper") else "default", alphas["default"])
-    return (TOY if run["dataset"].startswith("toy_") else PAPER) | {"alpha": alpha}
+    alpha = alphas.get(run.get("dataset") if run.get("paper") else "default", alphas["default"])
+    return (TOY if run.get("dataset", "toy_").startswith("toy_") else PAPER) | {"alpha": alpha}
 
 
 FLAGS = {
@@ -608,7 +608,7 @@ def main(argv: list[str] | None = None) -> dict:
     if rank() == 0:
         against = "fine-tuning and zero-shot" if compare else "zero-shot"
         out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
-        encoded = common.encode_tests(args, clip, task.tests)
+        encoded = [common.encode_test(args, clip, test) for test in task.tests]
     else:  # reads a checkpoint to go on with, if there is one; writes nothing, tests nothing
         out = Path(args.resume or os.devnull)  # os.devnull: no folder, so it holds no checkpoint
         encoded = []

@@ -308,7 +308,7 @@ DETERMINISTIC = {"global": "CoOp", "image": "CoCoOp-like"}  # what --samples 0 i
 def defaults(run: dict) -> dict:
     """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
     earlier run; "dataset" at least."""
-    if run["dataset"].startswith("toy_"):
+    if run.get("dataset", "toy_").startswith("toy_"):
         return TOY
     settings = dict(PAPER)
     if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
@@ -365,7 +365,8 @@ def train(
     context = initial_context(clip, args.ctx_init)
     names = common.name_tokens(clip, task.classnames, len(context))
     learner = new_learner(args, clip, context)
-    validation = common.encode_tests(args, clip, task.validation()) if args.eval_every else []
+    tests = task.validation() if args.eval_every else []
+    validation = [common.encode_test(args, clip, test) for test in tests]
     # What --samples 0 does not learn gets no gradient, and SGD passes over it, decay included.
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -491,7 +492,7 @@ def main(argv: list[str] | None = None) -> dict:
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)
-    encoded = common.encode_tests(args, clip, task.tests)
+    encoded = [common.encode_test(args, clip, test) for test in task.tests]
     baseline = None
     if compare:  # deterministic, from the same start on the same batches
         plain = argparse.Namespace(**vars(args) | {"samples": 0})

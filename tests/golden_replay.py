@@ -68,7 +68,10 @@ def before_names(clip: common.Clip, classnames: list[str], g: Recording, key: st
     must be our tokens of the name, a full stop and EOT, and zeros."""
     found, equal = [], True
     for name, row in zip(classnames, g[key].tolist(), strict=True):
-        ours = common.token_ids(clip, f"{name}.", len(row))
+        ours = [
+            *clip.tokenizer.encode(f"{name.replace(chr(95), chr(32))}."),
+            clip.tokenizer.eot_token_id,
+        ]
         end = row.index(clip.tokenizer.eot_token_id) + 1
         found.append(row[1 : end - len(ours)])
         prompt = [clip.tokenizer.sot_token_id, *found[0], *ours]

@@ -152,10 +152,10 @@ class OtherTokenizer:
         encode = lambda text, add_special_tokens: [9 + len(word) for word in text.split()]  # noqa: E731
         self.tokenizer = types.SimpleNamespace(cls_token_id=start, encode=encode)
 
-    def __call__(self, texts):
+    def __call__(self, texts, context_length):
         start = [] if self.tokenizer.cls_token_id is None else [self.tokenizer.cls_token_id]
         ids = [start + self.tokenizer.encode(text, False) for text in texts]
-        return torch.tensor([(row + [1] * 77)[:77] for row in ids])
+        return torch.tensor([(row + [1] * context_length)[:context_length] for row in ids])
 
 
 LAST = {"no_causal_mask": True, "pool_type": "last"}
