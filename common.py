@@ -93,13 +93,13 @@ def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False
     )
     if clip.name == "toyclip":
         torch.set_num_threads(1)  # so small that a second thread costs time
-        ids = clip.tokenizer([name for test in task.tests for name in test.classnames])
-        known = clip.model.token_embedding.weight.any(dim=1)  # what training never touched is 0
-        require(known[ids[ids > 0]].all(), "toyclip does not know these classes: name a --model")
+        names = " ".join(name for test in task.tests for name in test.classnames).replace("_", " ")
+        new = {*names.lower().split()} - {*" ".join(data.world.vocabulary()).split()}
+        require(not new, f"toyclip never saw the words {sorted(new)[:9]}: name another --model")
     twin = f"{clip.name}-quickgelu"
     gelu = activation(clip.model) == "GELU" and twin in open_clip.list_models()
-    note = f"its activation is GELU; weights by OpenAI need --model {twin}"
-    tell(task.notes, gelu and os.path.isfile(clip.pretrained), note)
+    gelu = gelu and os.path.isfile(clip.pretrained)
+    tell(task.notes, gelu, f"its activation is GELU; weights by OpenAI need --model {twin}")
     tell(task.notes, not clip.fast, "it has no CLIP's text tower: encoded whole, 10 to 30 x slower")
     return clip
 
@@ -134,8 +134,6 @@ def load_clip(
         key: hashlib.sha1(value.contiguous().numpy()).hexdigest()
         for key, value in sorted(net.state_dict().items())
     }
-    if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
-        net.visual.to(memory_format=torch.channels_last)  # faster convolutions
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
     clip = Clip(
         net, open_clip.transform.image_transform_v2(cfg, is_train=False), tokenizer, name, source,
@@ -224,9 +222,9 @@ def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
 # check_text_tower, and of data.py UserError, require. benchmark/README.md has a loop with it.
 @dataclasses.dataclass
 class Names:
-    """C texts as embeddings, each whole, side by side in R rows of S tokens, K in a row at most. The
-    same P prefix tokens stand before all: so each row goes through the tower behind one copy of the
-    prefix, and a mask keeps the texts of a row from seeing each other."""
+    """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
+    All have the same P prefix tokens before them: so each row goes through the tower behind one
+    copy of the prefix, and a mask keeps the texts of a row from seeing each other."""
 
     rows: Tensor  # [R, S, W] token + position embeddings
     mask: Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
@@ -425,8 +423,8 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
             return safetensors.torch.load_file(path, device=clip.device)["features"], labels
         print(f"note: {path} is damaged: its images are encoded again")
     images = data.ImageSet(items, transform, args.seed)
-    each = torch.arange(len(items)) + view * len(items)
-    lists = [batch.tolist() for batch in each.split(256)]
+    numbers = torch.arange(len(items)) + view * len(items)  # see ImageSet
+    lists = [batch.tolist() for batch in numbers.split(256)]
     with torch.no_grad(), autocast(clip):
         features = torch.cat([
             clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
@@ -621,8 +619,8 @@ def settle(
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used, and for
     several processes where a method learns `alone`."""
     typed = vars(parser.parse_args(argv))
-    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"  # by torchrun
-    require(not (alone and several), f"{method}.py runs in one process: python {method}.py")
+    one = os.environ.get("WORLD_SIZE", "1") == "1"  # torchrun sets it
+    require(one or not alone, f"{method}.py runs in one process: start it by python {method}.py")
     require(
         "resume" not in typed or not typed.keys() & {"eval", "out_dir"},
         "--resume RUN names the run's folder: leave out --eval and --out-dir",
@@ -641,8 +639,10 @@ def settle(
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, 1e18))
         for x in value if isinstance(value, list) else [value]:
-            fits = not isinstance(x, int | float) or low <= x <= high
-            require(fits, f"{flag(key)} {x}: it must be from {low:g} to {high:g}")
+            number = isinstance(x, int | float)
+            require(
+                not number or low <= x <= high, f"{flag(key)} {x}: {low:g} to {high:g} is meant"
+            )
     return args
 
 
@@ -653,8 +653,7 @@ def inherited(typed: dict, method: str) -> dict:
     if folder is None or (typed.keys() >= {"resume", "dataset"} and not begun(folder)):
         return {}
     stored = read_run(folder)["settings"]
-    own = stored["method"] == method and not stored["eval"]
-    require(own, f"{folder} is no training run of {method}.py")
+    require(stored["method"] == method and not stored["eval"], f"{folder} is no {method} training")
     anew = NOW | HOW if "eval" in typed else NOW
     free = MOVED | TESTED if "eval" in typed else MOVED
     if "eval" in typed and typed.get("dataset", stored["dataset"]) != stored["dataset"]:
@@ -662,8 +661,10 @@ def inherited(typed: dict, method: str) -> dict:
         stored |= {"train_domain": None, "test_domain": None, "classes": "all", "test_on": []}
     for key in (typed.keys() & stored.keys()) - anew - free:
         require(typed[key] == stored[key], f"{folder} has {flag(key)} {stored[key]}: leave it out")
-    halves = stored["classes"] == "base" or typed.get("classes") != "base"
-    require(halves, f"{folder} was not trained on half of these classes: leave --classes base out")
+    require(
+        stored["classes"] == "base" or typed.get("classes") != "base",
+        f"{folder} was not trained on half of these classes: leave --classes base out",
+    )
     return {key: value for key, value in stored.items() if key not in anew}
 
 
@@ -700,8 +701,10 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     for key in () if args.eval else ("classnames", "train", "tests"):
         other = sorted({*old[key]} ^ {*config[key]})[:1]
         require(old[key] == config[key], f"{earlier} began with other {key} {other}: restore it")
-    finished = not args.eval or Path(args.eval, "result.json").exists()
-    require(finished, f"{args.eval} has not finished training: --resume it")
+    require(
+        not args.eval or Path(args.eval, "result.json").exists(),
+        f"{args.eval} has not finished training: --resume it",
+    )
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
@@ -743,8 +746,8 @@ def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) 
     tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
-    content = safetensors.torch.save(to_cpu(tensors), {"note": json.dumps(note)})
-    write(out / "checkpoint.safetensors", content)
+    raw = safetensors.torch.save(to_cpu(tensors), {"note": json.dumps(note)})
+    write(out / "checkpoint.safetensors", raw)
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -841,8 +844,7 @@ def write_result(
         for kind, logits in {"zero_shot": frozen.zero_shot, "tuned": row["tuned"]}.items():
             # WHY clamp: to float16's least normal number, so that no logarithm is infinite.
             kept[kind] = logits.softmax(dim=-1).clamp(min=torch.finfo(torch.half).tiny).half()
-            exact = outcomes(logits, frozen.labels).items()
-            kept |= {f"{kind}_{key}": value for key, value in exact}
+            kept |= {f"{kind}_{key}": x for key, x in outcomes(logits, frozen.labels).items()}
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
         arrays[f"{i}/classnames"] = np.array(test.classnames)
     buffer = io.BytesIO()
@@ -879,7 +881,7 @@ def harmonic_means(tests: list[dict]) -> dict[str, float]:
 def measures(test: dict) -> dict[str, dict[str, float]]:
     """{column: accuracy, nll, ...} of a test: zero_shot, baseline, tuned, and those in "extra"."""
     kinds = ("zero_shot", "baseline", "tuned")
-    return {key: test[key] for key in kinds if test[key]} | test["extra"]
+    return {kind: test[kind] for kind in kinds if test[kind]} | test["extra"]
 
 
 def report(result: dict, out: Path) -> None:
