@@ -96,10 +96,10 @@ def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False
         names = " ".join(name for test in task.tests for name in test.classnames).replace("_", " ")
         new = {*names.lower().split()} - {*" ".join(data.world.vocabulary()).split()}
         require(not new, f"toyclip never saw the words {sorted(new)[:9]}: name another --model")
+    gelu = os.path.isfile(clip.pretrained) and activation(clip.model) == "GELU"
     twin = f"{clip.name}-quickgelu"
-    gelu = activation(clip.model) == "GELU" and twin in open_clip.list_models()
-    gelu = gelu and os.path.isfile(clip.pretrained)
-    tell(task.notes, gelu, f"its activation is GELU; weights by OpenAI need --model {twin}")
+    if gelu and twin in open_clip.list_models():
+        task.notes.append(f"its activation is GELU; weights by OpenAI need --model {twin}")
     tell(task.notes, not clip.fast, "it has no CLIP's text tower: encoded whole, 10 to 30 x slower")
     return clip
 
@@ -416,9 +416,10 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`. Reads
     args.seed, workers, device and cache_dir. UserError names every broken image at once."""
     labels = torch.tensor([label for _, label in items], device=clip.device)
-    key = cache and args.cache_dir != "none" and feature_key(clip, items, transform, args, view)
-    path = Path(args.cache_dir, key or "")
-    if key and path.exists():
+    path = None
+    if cache and args.cache_dir != "none":
+        path = Path(args.cache_dir, feature_key(clip, items, transform, args, view))
+    if path and path.exists():
         with contextlib.suppress(Exception):  # after a full disk or a kill
             return safetensors.torch.load_file(path, device=clip.device)["features"], labels
         print(f"note: {path} is damaged: its images are encoded again")
@@ -430,7 +431,7 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
             clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
             for batch, _, _ in data.load_images(images, lists, args, "encode images")
         ])  # fmt: skip
-    if key:
+    if path:
         write(path, safetensors.torch.save({"features": features.cpu()}))
     return features, labels
 
@@ -639,10 +640,8 @@ def settle(
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, 1e18))
         for x in value if isinstance(value, list) else [value]:
-            number = isinstance(x, int | float)
-            require(
-                not number or low <= x <= high, f"{flag(key)} {x}: {low:g} to {high:g} is meant"
-            )
+            if isinstance(x, int | float):
+                require(low <= x <= high, f"{flag(key)} {x}: it must be from {low:g} to {high:g}")
     return args
 
 
@@ -709,11 +708,11 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
     tested = f"{sum(len(test.items) for test in task.tests)} images (sets: {len(task.tests)})"
-    words = [clip.name, Path(clip.pretrained).name, activation(clip.model), clip.precision]
+    model = [clip.name, Path(clip.pretrained).name, activation(clip.model), clip.precision]
     notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes in result.json"]
     print(
         f"{title} on {task.name}: {len(task.classnames)} classes, {task.template!r}",
-        f"model: {', '.join(filter(None, words))} on {clip.device}; run: {out}",
+        f"model: {', '.join(filter(None, model))} on {clip.device}; run: {out}",
         f"data: {f'trained in {args.eval}' if args.eval else trained}; test: {tested}",
         *(f"note: {note}" for note in notes),
         sep="\n",
@@ -804,8 +803,8 @@ def end_epoch(
     # 0, or nan where anything in it is not finite.
     learned = {name: (value * 0).sum() for name, value in module.state_dict().items()}
     zero = next(module.parameters()).new_zeros((), dtype=torch.float64)
-    each = torch.stack([zero + x for x in (line | learned).values()])
-    numbers = dict(zip(line | learned, each.tolist()))
+    each = {name: zero + x for name, x in (line | learned).items()}
+    numbers = dict(zip(each, torch.stack([*each.values()]).tolist()))
     bad = [name for name, number in numbers.items() if not math.isfinite(number)]
     if bad:
         raise FloatingPointError(f"{bad[0]} is not finite in epoch {epoch + 1}: try a lower --lr")
@@ -907,11 +906,9 @@ def report(result: dict, out: Path) -> None:
     for label, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
-    evaluated = result["settings"]["eval"]
     print(
         f"written to {out}; try next:",
         f"    python tools/page.py {out}",
-        f"    python tools/use.py predict {evaluated or out} IMAGE",
-        *([] if evaluated else ["    another --seed"]),
+        f"    python tools/use.py predict {result['settings']['eval'] or out} IMAGE",
         sep="\n",
     )
