@@ -123,8 +123,8 @@ W, KLS, MEAN = "proreg.adaptive_weight", "proreg.distillation_losses", "vpt.log_
 GELU = "open_clip.transformer.QuickGELU.forward"
 P, V, VR = "prograd_ctxinit16", "vpt_coop_L3_b1", "vpt_coop_L3_b4_meanrand"
 MUTANTS = [  # what is wrong, a file that tells, the key that does, what is replaced, by what
-    ("no decay", P, "momentum_buffer", "prograd.PAPER", prograd.PAPER | {"weight_decay": 0}),
-    ("no decay", V, "std_posterior.* change", "vpt.PAPER", vpt.PAPER | {"weight_decay": 0}),
+    ("no decay", P, "momentum_buffer", "prograd.REAL", prograd.REAL | {"weight_decay": 0}),
+    ("no decay", V, "std_posterior.* change", "vpt.REAL", vpt.REAL | {"weight_decay": 0}),
     ("no projection", P, "g_proj_lam1.0", PROJECT, lambda d, g, lam: d),
     ("always", P, "agree/g_proj", PROJECT, lambda d, g, lam: d - (d * g).sum() / (g * g).sum() * g),
     ("half of λ", P, "g_proj_lam1.0", PROJECT, lambda d, g, lam: project(d, g, lam / 2)),
