@@ -261,7 +261,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     note = {"classnames": task.classnames, "template": task.template}  # in every checkpoint
-    first = common.resume(out, learner, optimizer)  # 0, or the epoch after that of a checkpoint
+    first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
     for epoch, (x, labels) in common.epochs(args, first, views, out.name):
         # Eq. 6: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)

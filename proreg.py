@@ -50,9 +50,9 @@ and is followed; FILE:LINES are below its folder vilt/, or config/.)
  4. The partial last batch is kept, averaged over its own size. The code averages the means of parts
     (of processes and of accumulated steps, ../run.py:44-63) even where these have different sizes;
     here parts are weighted, so that they learn what one batch would.
- 5. The code keeps what is best on validation images (../run.py:23-29), twice an epoch
-    (config.py:114): of DomainNet the ID test images (datasets/domain_net_dataset.py:15-16), of BAR
-    those that accuracy is measured on, as its test part has no labels there
+ 5. The code looks twice an epoch (config.py:114) and keeps what is best on validation images
+    (../run.py:23-29): of DomainNet the ID test images (datasets/domain_net_dataset.py:15-16), of
+    BAR those that accuracy is measured on, as its test part has no labels there
     (datasets/bar_dataset.py:29-32). Here the last step is reported; --select val looks at the
     validation part after every epoch.
  6. A `_` in a class name is a blank here; the code leaves it (modules/vilt_module.py:29).
@@ -354,7 +354,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
-    first = common.resume(out, learner, optimizer)  # 0, or the epoch after that of a checkpoint
+    first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
     for epoch, batches in common.epochs(args, first, training_batches(args, clip, task), out.name):
         sums = next(learner.parameters()).new_zeros(6)
         for i, (size, parts) in enumerate(batches):

@@ -24,7 +24,7 @@ Equations (numbered by this file: the paper could not be read in full)
     paper        here                              shape        flag
     p, here v    PromptDistribution.context        [M, W]       --ctx-init
     r            residual                          [L, Q, W]
-    u (ours)     u, 1 as released, 4 on toy data   a number     --residual-scale
+    u (ours)     u, 1 on real data, 4 on toy data  a number     --residual-scale
     μ, Σ         mu, logvar of posterior(x)        [Q, W]       --posterior
     L            number of samples                 a number     --samples
     β            kl_weight                         a number     --kl-weight
@@ -46,17 +46,17 @@ D/16, W), not three with ELU (D, D/2, D/2, W).
 PAPER vs CODE: (The paper as others restate it. The code is
 github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff, and is followed; FILE:LINES are its own.)
  1. Bound: the paper maximises the ELBO, a mean of logs; the code the log of the mean likelihood
-    (trainers/vpt.py:277-281). As a loss that is never larger (Jensen's inequality).
- 2. KL: a sum over dimensions in the paper; in the code a mean, times 0.001 (trainers/vpt.py:283,
-    297). The paper's is --bound elbo --kl-weight W, which is 512 for ViT-B/16 and RN50.
+    (trainers/vpt.py:277-281). As a loss the code's is never larger (Jensen's inequality).
+ 2. KL: in the paper a sum over dimensions, with weight 1; in the code their mean, times 0.001
+    (trainers/vpt.py:283, 297). The paper's is --bound elbo --kl-weight W (ViT-B/16, RN50: 512).
  3. The code's std_posterior is a log-variance (trainers/vpt.py:197). The global posterior's is
     drawn from Uniform[0, 1] (line 148): σ starts at 1 to 1.65 and hardly moves, as weight decay (on
     all that is learned, line 343) and the small KL weight pull little. The entries of CLIP's tokens
     have a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the context, and
-    what is learned is what works in spite of it. Hence our u. The KL is that of r, before u.
+    what is learned works in spite of it. Hence our u; the code has u = 1. The KL is of r, before u.
  4. Image posterior: the paper has two layers with two heads, the code two separate networks of
     three layers (trainers/vpt.py:31-37, 48-49), and so do we.
- 5. Batch: the code's has 1 image (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3): for
+ 5. Batch: the code's has 1 image (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3); for
     more its image posterior is wrong (trainers/vpt.py:214 adds [B, W] to [M, W]). Ours is right,
     and the loss a mean over images; but our default is 1, too, as the learning rate goes with it.
  6. Evaluation noise: the code draws it afresh for each image from the global generator
@@ -258,7 +258,8 @@ def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> Tensor:
 
 
 def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Tensor:
-    """ε [L, Q, W] of a step: a draw for all images, or for each. batch [B], on the CPU: which."""
+    """ε [L, Q, W] of one step: one draw that all images share, or one for each, by its position in
+    the data. batch [B]: these positions, on the CPU."""
     if args.posterior == "global":
         return noise(clip, args.seed, args.samples, [(epoch, step)])
     return noise(clip, args.seed, args.samples, [(epoch, i) for i in batch.tolist()])
@@ -345,7 +346,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     note = {"classnames": task.classnames, "template": task.template}  # in every checkpoint
-    first = common.resume(out, learner, optimizer)  # 0, or the epoch after that of a checkpoint
+    first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
     for epoch, (x, labels) in common.epochs(args, first, views, out.name):
         # Eq. 7: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
