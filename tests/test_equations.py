@@ -70,7 +70,7 @@ def test_prograd_equations():
     x, z, T = randn(5, 4, seed=1), randn(5, 4, seed=2), 1.7
     rows = -(softmax(z.numpy() / T) * np.log(softmax(x.numpy() / T))).sum(axis=-1) * T**2
     same(method.distillation_loss(x, z, T), rows.mean())
-    same(PASTED[proreg].distillation_losses(x, z, T), rows)
+    same(PASTED[proreg].prompt_losses(x, z, T), rows)
     same(PASTED[proreg].distillation_loss(x, z, T), rows.mean())
 
 
@@ -103,7 +103,7 @@ def test_proreg_equations():
     x, z, y = randn(5, 4, seed=1), randn(5, 4, seed=2), torch.tensor([0, 3, 1, 1, 2])
     at = np.arange(5), y.numpy()
     p, p_zs = softmax(x.numpy())[at], softmax(z.numpy())[at]
-    ce, kl = -np.log(p), method.distillation_losses(x, z, 2.0).numpy()
+    ce, kl = -np.log(p), method.prompt_losses(x, z, 2.0).numpy()
     same(method.label_losses(x, y), ce)
     for k in (1.0, 10.0):
         w = p_zs**k / (p + p_zs**k + 1e-5)

@@ -117,14 +117,14 @@ def weight(x, z, y, power=10.0, detached=True, grain=1e-5):
     return w.detach() if detached else w
 
 
-KL1, KL3, RATE = prograd.distillation_loss, proreg.distillation_losses, common.warmup_cosine
+KL1, KL3, RATE = prograd.distillation_loss, proreg.prompt_losses, common.warmup_cosine
 PROJECT, KL, RATES = "prograd.project_gradient", "prograd.distillation_loss", "common.warmup_cosine"
-W, KLS, MEAN = "proreg.adaptive_weight", "proreg.distillation_losses", "vpt.log_mean_prob"
+W, KLS, MEAN = "proreg.adaptive_weight", "proreg.prompt_losses", "vpt.log_mean_prob"
 GELU = "open_clip.transformer.QuickGELU.forward"
 P, V, VR = "prograd_ctxinit16", "vpt_coop_L3_b1", "vpt_coop_L3_b4_meanrand"
 MUTANTS = [  # what is wrong, a file that tells, the key that does, what is replaced, by what
-    ("no decay", P, "momentum_buffer", "prograd.PAPER", prograd.PAPER | {"weight_decay": 0}),
-    ("no decay", V, "std_posterior.* change", "vpt.PAPER", vpt.PAPER | {"weight_decay": 0}),
+    ("no decay", P, "momentum_buffer", "prograd.REAL", prograd.REAL | {"weight_decay": 0}),
+    ("no decay", V, "std_posterior.* change", "vpt.REAL", vpt.REAL | {"weight_decay": 0}),
     ("no projection", P, "g_proj_lam1.0", PROJECT, lambda d, g, lam: d),
     ("always", P, "agree/g_proj", PROJECT, lambda d, g, lam: d - (d * g).sum() / (g * g).sum() * g),
     ("half of λ", P, "g_proj_lam1.0", PROJECT, lambda d, g, lam: project(d, g, lam / 2)),
