@@ -238,28 +238,18 @@ class Found:
     # By (part, domain). The domain is "" in distribution; others are further test sets.
     sets: dict[tuple[str, str], list[Item]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what its user has to know
-    faults: list[str] = field(default_factory=list)  # what its user has to mend first
     whole: bool = False  # nothing of it is trained on, so that nothing needs to be held out
     real: dict[str, str] = field(default_factory=dict)  # of every image: where links lead
 
 
 def read(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
-    """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
-    what. trained: names and places of what is trained on, if that is known; of others nothing has
-    to be held out."""
-    found = find(name, args, trained)
-    more = ["and more: see data.py --check-images"] if len(found.faults) > 5 else []
-    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5] + more)}")
-    return found
-
-
-def find(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
-    """The same with its faults, as far as they do not keep it from being read."""
+    """Dataset `name`; of `args` where to look, and for --dataset which domains are what. trained:
+    names and places of what is trained on, if that is known; of others nothing has to be held
+    out."""
     found = locate(name, args)
     found.whole = trained is not None and trained.isdisjoint({name, place(name, found.root)})
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
-    fits = has_domains(found) or not any(flags)
-    require(fits, f"{name} has no domains: leave out --train-domain, --test-domain")
+    require(has_domains(found) or not any(flags), f"{name} has no domains: no --train/test-domain")
     if name in world.TASKS:
         return found
     rows = walk(found, args)
@@ -307,10 +297,7 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
-        try:
-            getattr(datasets, fetch[1])(data_root, download=True)
-        except Exception as error:  # no network, half an archive, another hash
-            raise UserError(f"{name} could not be fetched: {error}") from error
+        getattr(datasets, fetch[1])(data_root, download=True)
     root = next(filter(os.path.isdir, places), "")
     advice = f"get {source.get}{', or --download' if fetch else ''}"
     require(root, f"{name}: {' or '.join(places)} is no folder: {advice}")
@@ -324,11 +311,7 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
     near = [up, root, up / "splits", root / "splits", up / "imagenet", up.parent / "imagenet"]
     path = next((p / file for p in near if (p / file).is_file()), up / file)
     if url and not path.is_file():
-        try:
-            content = urllib.request.urlopen(url).read()
-        except Exception as error:  # no network, or half a file
-            raise UserError(f"{url} could not be fetched: {error}; try {COPY}") from error
-        write(path, content)
+        write(path, urllib.request.urlopen(url).read())
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: try --download, CoOp's DATASETS.md, or {COPY}")
     return path
@@ -349,15 +332,15 @@ def address_of(found: Found, path: str, where: str) -> str:
 def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[int, str]]:
     """CoOp's split file → rows, {label: class name}."""
     name = f"split_zhou_{found.source.split}.json"
-    file = find_file(found, name, SPLITS + name if args.download else "")
+    fetch = args.download and found.name not in ("food101", "sun397")
+    file = find_file(found, name, SPLITS + name if fetch else "")
     split = read_json(file)
     rows, names = [], {}
     for part in ("train", "val", "test"):
         require(isinstance(split.get(part), list), f'{file} has no list "{part}" of its images')
         for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
-            whole = isinstance(row, list) and [*map(type, row)] == [str, int, str]
-            require(whole, f"{where} is not [path, label, class name]")
+            require([*map(type, row)] == [str, int, str], f"{where} is not [path, label, name]")
             path, label, name = row
             names.setdefault(label, name)
             require(names[label] == name, f"{where}: this label is {names[label]!r} before")
@@ -444,8 +427,7 @@ def check_parts(found: Found, rows: list[Row]) -> None:
     tell(found.notes, parts, f"the folders {', '.join(parts)} are read as parts")
     folders = {below(os.path.dirname(address), found.root): cls for address, cls, _, _ in rows}
     deep = sorted(path for path, cls in folders.items() if path.split("/")[-1] != cls)
-    if deep:
-        found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
+    tell(found.notes, deep, f"images below class folders are of the class above, as in {deep[:1]}")
     inner = [path for path in deep if PARTS.keys() & path.lower().split("/")[1:]]
     require(not inner, f"{found.root}: images lie in {inner[:1]}: a part stands above its classes")
 
@@ -539,12 +521,10 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
         )
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
         found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
-    pairs = [line.partition("\t")[::2] for line in lines]
-    named = [folder.strip() for folder, _ in pairs]
-    wrong = [f for f in [*named, *folders] if named.count(f) != 1 or f not in folders]
+    lines_of = group(lines, lambda line: line.partition("\t")[0].strip())
+    wrong = [f for f in [*lines_of, *folders] if f not in folders or len(lines_of[f]) != 1]
     require(not wrong, f"{file}: {wrong[:1]}: needed is FOLDER<tab>NAME, once for each folder")
-    names = dict(zip(named, (name.strip() for _, name in pairs)))
-    return {folder: names[folder] for folder in folders}
+    return {folder: lines_of[folder][0].partition("\t")[2].strip() for folder in folders}
 
 
 def check_names(found: Found, names: dict) -> None:
@@ -554,11 +534,11 @@ def check_names(found: Found, names: dict) -> None:
     encode = SimpleTokenizer().encode
     prompts = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
     same = [texts for tokens, texts in prompts.items() if len(texts) > 1 or not tokens]
-    tell(found.faults, len(names) < 2, f"the classes are {[*names.values()]}: two are needed")
+    require(len(names) > 1, f"{found.root}: the classes are {[*names.values()]}: two are needed")
     if found.name.startswith("imagenet"):  # whose own list has such pairs
         found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
     else:
-        found.faults += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
+        require(not same, f"{found.root}: {same[:5]} have one prompt, or no name: rename them")
 
 
 def split_rest(found: Found) -> None:
@@ -584,9 +564,8 @@ def split_rest(found: Found) -> None:
     classes = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if classes and not sets[part, ""]]
     if "test" in missing or (missing and ood):
-        shares = {"train": 0.5, "val": 0.2, "test": 1}
-        if ood:
-            shares = dict.fromkeys(missing, 0.1) | {"train": 1}
+        small = dict.fromkeys(missing, 0.1) | {"train": 1}
+        shares = small if ood else {"train": 0.5, "val": 0.2, "test": 1}
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
@@ -595,34 +574,28 @@ def split_rest(found: Found) -> None:
             rest = iter(images)
             for part, share in shares.items():
                 sets[part, ""] += itertools.islice(rest, round(share * len(images)))
-        tell(found.faults, not sets["test", ""], "too few images to split: 6 a class are enough")
-    trained, tested = ({label for _, label in sets[part, ""]} for part in ("train", "test"))
-    told = found.notes if has_domains(found) else found.faults
-    told += [
-        f"class {cls!r} has no training image: add one, or remove its other images"
-        for label, cls in enumerate(found.classnames)
-        if classes and label not in trained
-    ]
-    untested = [cls for label, cls in enumerate(found.classnames) if label not in tested]
-    if tested and untested:
-        found.notes.append(f"{len(untested)} classes have no test image, as {untested[0]!r}")
+        enough = sets["train", ""] and sets["test", ""]
+        require(enough, f"{found.root}: too few images to split: 6 a class are enough")
+    for part in ("train", "test"):
+        labels = {label for _, label in sets[part, ""]}
+        lacking = [cls for y, cls in enumerate(found.classnames) if labels and y not in labels]
+        text = f"{len(lacking)} classes have no {part} image, as {lacking[:1]}"
+        allowed = part == "test" or has_domains(found)
+        require(allowed or not lacking, f"{found.root}: {text}: add some, or remove the others")
+        tell(found.notes, lacking, text)
 
 
 def check_overlaps(found: Found) -> None:
-    """A note on images that are there twice, by links; a fault where they are both trained and
-    tested on."""
+    """A note on images that are there twice, by links. None is both trained and tested on."""
     uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
     images = group(uses, lambda use: found.real[use[0]]).values()
     twice = [list(zip(*those)) for those in images if len(those) > 1]  # addresses, labels, parts
     classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
     apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-    more = f"{classes} of them in two classes, {apart} in two parts"
-    tell(found.notes, twice, f"{len(twice)} images are there more than once, {more}")
-    for addresses, _, parts in twice:
-        at = dict(zip(parts, addresses))
-        if {"train", "test"} <= at.keys():
-            both = f"{at['train']}, trained on, and {at['test']}, tested on,"
-            found.faults.append(f"{both} are one image: remove one")
+    text = f"{classes} of them in two classes, {apart} in two parts"
+    tell(found.notes, twice, f"{len(twice)} images are there more than once, {text}")
+    both = [addresses for addresses, _, parts in twice if {"train", "test"} <= {*parts}]
+    require(not both, f"{len(both)} images are trained and tested on: remove one of {both[:9]}")
 
 
 def below(address: str, root: str) -> str:
@@ -859,8 +832,7 @@ def read_image(address: str) -> Image.Image:
                 values = image.convert(image.mode[0])
                 low, high = values.getextrema()
                 fits = high <= 1 if image.mode == "F" else 255 < high < 65536 or high == 0
-                text = "scale floats to [0, 1], whole numbers to 8 or 16 bit"
-                require(low >= 0 and fits, f"values {low:g} to {high:g}: {text}")
+                require(low >= 0 and fits, f"{low:g} to {high:g}: scale to [0, 1], 8 or 16 bit")
                 scale, offset = (255, 0.5) if image.mode == "F" else (1 / 256, 0)
                 image = values.point(lambda value: value * scale + offset).convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
@@ -958,14 +930,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
     require(args.dataset or not (args.download or args.check_images), "name one --dataset for this")
     if args.dataset:
-        found = find(args.dataset, args)
+        found = read(args.dataset, args)
+        describe(found, True)
         if args.check_images:
             bad = bad_images(address for items in found.sets.values() for address, _ in items)
-            found.faults += bad
-            tell(found.notes, not bad, "all images can be read")
-        describe(found, True)
-        print("".join(f"{fault}\n" for fault in found.faults), end="")
-        require(not found.faults, f"{len(found.faults)} faults, named above: mend them first")
+            print(*bad or ["all images can be read"], sep="\n")
+            require(not bad, f"{len(bad)} images cannot be read, named above: mend or remove them")
     else:
         for name in [*world.TASKS, *SOURCES]:
             try:
