@@ -89,7 +89,7 @@ def run(main) -> None:
 def explain(error: Exception) -> tuple[int, str]:
     """Exit status and one line for what the machine ran out of. A fault of ours is raised again."""
     reason = getattr(error, "strerror", None) or str(error)  # without a file's name
-    if any(word in reason for word in ("shared memory", "/torch_", "open files", "bus error")):
+    if any(word in reason for word in ("shared memory", "</torch_", "open files", "bus error")):
         return 2, "too little /dev/shm, too few open files: --workers 0, or docker --shm-size 8g"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason:
         return 1, "out of memory: try a smaller --memory-gb or --batch-size"
@@ -510,12 +510,13 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
     folders in order, where it is clear which order: not for 1, 10, 2."""
     lines = [normalize("NFC", line) for line in read_text(file).splitlines() if line.strip()]
-    # A line that begins as a folder is called means it by name, with whatever sign after it.
-    if not any("\t" in line or line.startswith(tuple(folders)) for line in lines):
+    if not any("\t" in line for line in lines):
         padded = {folder: re.sub(r"\d+", lambda n: n[0].zfill(20), folder) for folder in folders}
         shown = sorted(folders, key=lambda folder: padded[folder].lower())  # by file managers
+        # A line that begins as a folder is called means it by name, with another sign for the tab.
+        clear = shown == folders and not any(line.startswith(tuple(folders)) for line in lines)
         require(
-            len(lines) == len(folders) and shown == folders,
+            len(lines) == len(folders) and clear,
             f"{file}: {len(lines)} names alone for {len(folders)} folders, in the order "
             f"{shown[:3]} .. or {folders[:3]} ..? Write FOLDER<tab>NAME",
         )
@@ -564,8 +565,8 @@ def split_rest(found: Found) -> None:
     classes = group(sets["train", ""], lambda item: item[1])
     missing = [part for part in ("val", "test") if classes and not sets[part, ""]]
     if "test" in missing or (missing and ood):
-        small = dict.fromkeys(missing, 0.1) | {"train": 1}
-        shares = small if ood else {"train": 0.5, "val": 0.2, "test": 1}
+        beside_ood = dict.fromkeys(missing, 0.1) | {"train": 1}
+        shares = beside_ood if ood else {"train": 0.5, "val": 0.2, "test": 1}
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
@@ -581,7 +582,7 @@ def split_rest(found: Found) -> None:
         lacking = [cls for y, cls in enumerate(found.classnames) if labels and y not in labels]
         text = f"{len(lacking)} classes have no {part} image, as {lacking[:1]}"
         allowed = part == "test" or has_domains(found)
-        require(allowed or not lacking, f"{found.root}: {text}: add some, or remove the others")
+        require(allowed or not lacking, f"{found.root}: {text}: add some, or remove these classes")
         tell(found.notes, lacking, text)
 
 
@@ -789,8 +790,6 @@ def make_tests(found: Found, classes: str, part: str, template: str) -> list[Tes
 
 
 def number_or_all(text: str) -> int | str:
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
     return text if text == "all" else int(text)
 
 
