@@ -29,7 +29,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import data
-from data import UserError, progress, read_json, require, run, tell, write  # noqa: F401
+from data import UserError, progress, read_json, read_run, require, run, tell, write  # noqa: F401
 
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
 VERSIONS = {
@@ -79,12 +79,6 @@ class Clip:
         """W, of the text transformer."""
         return text_tower(self.model).token_embedding.weight.shape[1]
 
-    @property
-    def embed_dim(self) -> int:
-        """D, of the features of both towers."""
-        projection = text_tower(self.model).text_projection  # a matrix [W, D], or a layer (SigLIP)
-        return getattr(projection, "out_features", None) or projection.shape[1]
-
 
 def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False) -> Clip:
     """The CLIP that a run's flags name; the task's notes say what is special about it."""
@@ -96,10 +90,10 @@ def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False
         names = " ".join(name for test in task.tests for name in test.classnames).replace("_", " ")
         new = {*names.lower().split()} - {*" ".join(data.world.vocabulary()).split()}
         require(not new, f"toyclip never saw the words {sorted(new)[:9]}: name another --model")
-    gelu = os.path.isfile(clip.pretrained) and activation(clip.model) == "GELU"
     twin = f"{clip.name}-quickgelu"
-    if gelu and twin in open_clip.list_models():
-        task.notes.append(f"its activation is GELU; weights by OpenAI need --model {twin}")
+    local = os.path.isfile(clip.pretrained) and twin in open_clip.list_models()
+    note = f"its activation is GELU; weights by OpenAI need --model {twin}"
+    tell(task.notes, local and activation(clip.model) == "GELU", note)
     tell(task.notes, not clip.fast, "it has no CLIP's text tower: encoded whole, 10 to 30 x slower")
     return clip
 
@@ -121,9 +115,9 @@ def load_clip(
             net = build_model(name, source)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds
-        reason = str(error)[:500] or repr(error)
-        if "weights_only" in reason:  # torch's advice, which is to unpickle all the same
-            reason = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
+        # WHY not torch's advice on a pickle: it is to unpickle all the same.
+        tensors = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
+        reason = tensors if "weights_only" in str(error) else str(error)[:500] or repr(error)
         raise UserError(f"cannot load {model} {source}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -442,9 +436,10 @@ def feature_key(clip: Clip, items: list[data.Item], transform, args, view: int) 
     code = [ast.unparse(ast.parse(inspect.getsource(part))) for part in FEATURE_CODE]  # no comments
     files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are no files
     states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
-    draw = transform is not clip.preprocess and [args.seed, view]  # the test transform draws none
     parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, version("timm"),
-             draw, repr(transform), code, [path for path, _ in items], states]  # fmt: skip
+             code, [path for path, _ in items], states, repr(transform),
+             # The test transform draws nothing.
+             transform is not clip.preprocess and [args.seed, view]]  # fmt: skip
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
 
 
@@ -541,7 +536,6 @@ def warmup_notes(args: argparse.Namespace) -> list[str]:
 # 5. RUNS: flags, the run folder, results ----------------------------------------------------------
 # fmt: off
 FOLDER = {"type": os.path.expanduser, "metavar": "DIR"}
-GPUS = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 FLAGS = {
     "model": {
         "--model": {"help": "toyclip, an open_clip name such as RN50, or hf-hub:ORG/NAME"},
@@ -562,7 +556,8 @@ FLAGS = {
         "--resume": FOLDER | {"help": "go on with this run folder, or begin it [no]"},
         "--eval": FOLDER | {"help": "evaluate this run on what the data flags say [no]"},
         "--compare": {"action": argparse.BooleanOptionalAction, "help": "train plain, too"},
-        "--device": {"choices": ["cpu", *GPUS * torch.cuda.is_available()], "help": "where"},
+        "--device": {"choices": ["cpu"] + torch.cuda.is_available() * [
+            "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))], "help": "where"},
         "--workers": {"type": int, "metavar": "COUNT", "help": "processes that decode images"},
         "--cache-dir": FOLDER | {"help": "of cached image features, or none"}},
 }
@@ -620,8 +615,10 @@ def settle(
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used, and for
     several processes where a method learns `alone`."""
     typed = vars(parser.parse_args(argv))
-    one = os.environ.get("WORLD_SIZE", "1") == "1"  # torchrun sets it
-    require(one or not alone, f"{method}.py runs in one process: start it by python {method}.py")
+    require(
+        not alone or os.environ.get("WORLD_SIZE", "1") == "1",  # torchrun sets it
+        f"{method}.py runs in one process: start it by python {method}.py",
+    )
     require(
         "resume" not in typed or not typed.keys() & {"eval", "out_dir"},
         "--resume RUN names the run's folder: leave out --eval and --out-dir",
@@ -649,7 +646,7 @@ def inherited(typed: dict, method: str) -> dict:
     """The settings of the run that --resume goes on with or --eval evaluates; {} without one.
     UserError for a typed value that differs from what was trained."""
     folder = typed.get("resume", typed.get("eval"))
-    if folder is None or (typed.keys() >= {"resume", "dataset"} and not begun(folder)):
+    if folder is None or (typed.keys() >= {"resume", "dataset"} and not data.begun(folder)):
         return {}
     stored = read_run(folder)["settings"]
     require(stored["method"] == method and not stored["eval"], f"{folder} is no {method} training")
@@ -667,21 +664,6 @@ def inherited(typed: dict, method: str) -> dict:
     return {key: value for key, value in stored.items() if key not in anew}
 
 
-def read_run(folder: str | Path) -> dict:
-    """config.json of a run folder: its settings, class names, training images."""
-    path = Path(folder, "config.json")
-    config = read_json(path) if path.exists() else {}
-    known = {"method", "settings", "weights", "classnames", "root", "train", "pool", "tests"}
-    lacks = [*(known - config.keys()), *(DEFAULTS.keys() - config.get("settings", {}))]
-    require(not lacks, f"{folder} is no run folder: {path} has no {lacks[:1]}")
-    return config
-
-
-def begun(folder: str | Path) -> bool:
-    """Whether a folder holds more than what a run writes before its first epoch."""
-    return Path(folder).exists() and not {*os.listdir(folder)} <= {"config.json", ".lock"}
-
-
 def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
@@ -691,11 +673,11 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     """Make or find the run folder, write config.json, print what is done on what. A run goes on
     with the CLIP, classes and images that it began with; for an evaluation only the CLIP counts."""
     config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
-              "classnames": task.classnames, "template": task.template, "split": task.split,
-              "root": os.path.abspath(task.root), "train": task.lines, "pool": task.pool,
+              "classnames": task.classnames, "template": task.template, "train": task.lines,
+              "training": task.training, "root": os.path.abspath(task.root),
               "tests": [test.images for test in task.tests]}  # fmt: skip
     earlier = args.eval or args.resume
-    old = read_run(earlier) if earlier and begun(earlier) else config
+    old = read_run(earlier) if earlier and data.begun(earlier) else config
     require(old["weights"] == clip.weights, f"{earlier} had other CLIP weights: name --pretrained")
     for key in () if args.eval else ("classnames", "train", "tests"):
         other = sorted({*old[key]} ^ {*config[key]})[:1]
@@ -728,12 +710,12 @@ def claim_folder(args: argparse.Namespace) -> Path:
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
     for k in itertools.count(1):
         out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
-        if args.resume or not begun(out):
+        if args.resume or not data.begun(out):
             out.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(filelock.Timeout):
                 # is_singleton: a process may make one run after the other in one folder.
-                LOCKS.append(filelock.FileLock(out / ".lock", timeout=0, is_singleton=True))
-                LOCKS[-1].acquire()
+                lock = filelock.FileLock(out / ".lock", timeout=0, is_singleton=True)
+                LOCKS.append(lock.acquire())
                 return out
         require(not named, f"{out} is in use or holds a run: --resume it, or another --out-dir")
 
@@ -741,12 +723,12 @@ def claim_folder(args: argparse.Namespace) -> Path:
 # Checkpoints and epochs
 def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
     """checkpoint.safetensors: what is learned as model/NAME, the optimiser's state of its i-th
-    parameter as optimizer/i/NAME, and a note (epoch, class names, ...) as JSON."""
+    parameter as optimizer/i/NAME, and a note (the epoch) as JSON."""
     tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
-    raw = safetensors.torch.save(to_cpu(tensors), {"note": json.dumps(note)})
-    write(out / "checkpoint.safetensors", raw)
+    note = {"note": json.dumps(note)}
+    write(out / "checkpoint.safetensors", safetensors.torch.save(to_cpu(tensors), note))
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -770,8 +752,8 @@ def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None)
     except Exception as error:  # there is none yet, or it is foreign, damaged or of other flags
         raise UserError(f"{path} cannot be read: {str(error)[:200]}") from error
     if optimizer:
-        states = {i: part_of(tensors, f"optimizer/{i}/") for i, _ in enumerate(module.parameters())}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+        parts = [part_of(tensors, f"optimizer/{i}/") for i, _ in enumerate(module.parameters())]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(parts))})
     return note
 
 
@@ -786,14 +768,8 @@ def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer)
     return load_checkpoint(out, module, optimizer)["epoch"] if path.exists() else 0
 
 
-def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> Iterator[tuple]:
-    """(epoch, views(epoch)) from epoch `first` on, with a bar."""
-    for epoch in progress(range(first, args.epochs), name):
-        yield epoch, views(epoch)
-
-
 def end_epoch(
-    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, last=False, **note
+    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, last=False
 ) -> None:
     """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
     last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
@@ -811,13 +787,13 @@ def end_epoch(
     # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **{key: numbers[key] for key in line}}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    save_checkpoint(out, module, None if last else optimizer, epoch=epoch + 1, **note)
+    save_checkpoint(out, module, None if last else optimizer, epoch=epoch + 1)
 
 
 def read_metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl; after a kill the last may be of an epoch that is done again."""
     path = out / "metrics.jsonl"
-    return list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
 
 # Results
@@ -849,14 +825,11 @@ def write_result(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
-    trained = read_run(args.eval)["settings"] if args.eval else vars(args)
-    decided = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
-    training = {"run": os.path.abspath(args.eval or out), "split": task.split, "pool": task.pool,
-                **{key: trained[key] for key in decided}}  # fmt: skip
+    training = {"run": os.path.abspath(args.eval or out), **task.training}
+    means = harmonic_means(tests) if training["dataset"] == task.name else {}
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
-              "split": task.split,
-              "harmonic_mean": harmonic_means(tests) if trained["dataset"] == task.name else {},
+              "split": training["split"], "harmonic_mean": means,
               "seconds": round(time.time() - start, 2), "versions": VERSIONS,
               "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
@@ -879,8 +852,7 @@ def harmonic_means(tests: list[dict]) -> dict[str, float]:
 
 def measures(test: dict) -> dict[str, dict[str, float]]:
     """{column: accuracy, nll, ...} of a test: zero_shot, baseline, tuned, and those in "extra"."""
-    kinds = ("zero_shot", "baseline", "tuned")
-    return {kind: test[kind] for kind in kinds if test[kind]} | test["extra"]
+    return {k: test[k] for k in ("zero_shot", "baseline", "tuned") if test[k]} | test["extra"]
 
 
 def report(result: dict, out: Path) -> None:
@@ -893,9 +865,9 @@ def report(result: dict, out: Path) -> None:
         words = [test["dataset"], test["domain"], test["classes"]]
         label = " ".join(word for word in words if word not in (first["dataset"], "", "all"))
         found = measures(test).values()
-        about = [label or "all", str(test["n"]), "accuracy %"]
+        n = str(test["n"])
         rows += [
-            [*about, *(f"{m['accuracy']:.1f}" for m in found)],
+            [label or "all", n, "accuracy %", *(f"{m['accuracy']:.1f}" for m in found)],
             ["", "", "NLL nats", *(f"{m['nll']:.3f}" for m in found)],
             ["", "", "ECE %", *(f"{m['ece']:.1f}" for m in found)],
         ]

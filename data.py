@@ -107,18 +107,15 @@ def write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:  # a failed write does not say to which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        advice = f"{error.strerror} (--out-dir, --cache-dir and --data-root say where)"
+        raise OSError(error.errno, advice, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def progress(things: Iterable, text: str) -> tqdm:
-    """A bar on stderr; where that is no terminal (a log file, a notebook), a line a minute."""
-    silent = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
-    if hasattr(sys.stderr, "isatty") and sys.stderr.isatty():
-        return tqdm(things, text, leave=False, disable=silent)
-    line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n"
-    return tqdm(things, text, disable=silent, mininterval=60, miniters=1, delay=60, bar_format=line)
+    """A bar on stderr, if that is a terminal; of several processes one shows it."""
+    return tqdm(things, text, leave=False, disable=os.environ.get("RANK", "0") != "0" or None)
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -131,6 +128,21 @@ def read_text(path: Path, parse: Callable = str):
 
 def read_json(path: Path) -> dict:
     return read_text(path, lambda text: dict(json.loads(text)))
+
+
+def read_run(folder: str | Path) -> dict:
+    """config.json of a run folder: its settings, class names, training images."""
+    path = Path(folder, "config.json")
+    config = read_json(path) if path.exists() else {}
+    known = {"method", "settings", "weights", "classnames", "root", "train", "training", "tests"}
+    lacks = sorted(known - config.keys())
+    require(not lacks, f"{folder} is no run folder, or of another version: {path} lacks {lacks}")
+    return config
+
+
+def begun(folder: str | Path) -> bool:
+    """Whether a folder holds more than what a run writes before its first epoch."""
+    return Path(folder).exists() and not {*os.listdir(folder)} <= {"config.json", ".lock"}
 
 
 # 1. THE DATASETS: a row says where the images are and what tells their class, part and domain -----
@@ -297,10 +309,12 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
-        getattr(datasets, fetch[1])(data_root, download=True)
+        try:
+            getattr(datasets, fetch[1])(data_root, download=True)
+        except Exception as error:  # no network, half an archive, another hash
+            raise UserError(f"{name} could not be fetched: {error}") from error
     root = next(filter(os.path.isdir, places), "")
-    advice = f"get {source.get}{', or --download' if fetch else ''}"
-    require(root, f"{name}: {' or '.join(places)} is no folder: {advice}")
+    require(root, f"{name}: {' or '.join(places)} is no folder: get {source.get}")
     return Found(name, source, root)
 
 
@@ -340,7 +354,8 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
         require(isinstance(split.get(part), list), f'{file} has no list "{part}" of its images')
         for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
-            require([*map(type, row)] == [str, int, str], f"{where} is not [path, label, name]")
+            fits = isinstance(row, list) and [*map(type, row)] == [str, int, str]
+            require(fits, f"{where} is not [path, label, name]")
             path, label, name = row
             names.setdefault(label, name)
             require(names[label] == name, f"{where}: this label is {names[label]!r} before")
@@ -501,8 +516,7 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
         names = {str(i): names[wnid] for i, wnid in enumerate(sorted(names))}
     unknown = [cls for cls in classes if cls not in names]
     require(not unknown or ":" in found.name, f"{found.root}: {file} has no name for {unknown[:1]}")
-    rest = f", but for {len(unknown)} folders that it lacks" if unknown else ""
-    found.notes.append(f"class names are from {file}{rest}")
+    found.notes.append(f"class names are from {file}, but for {len(unknown)} that it lacks")
     return {cls: names[cls] for cls in names if cls in classes} | {cls: cls for cls in unknown}
 
 
@@ -588,14 +602,15 @@ def split_rest(found: Found) -> None:
 
 def check_overlaps(found: Found) -> None:
     """A note on images that are there twice, by links. None is both trained and tested on."""
-    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
-    images = group(uses, lambda use: found.real[use[0]]).values()
-    twice = [list(zip(*those)) for those in images if len(those) > 1]  # addresses, labels, parts
-    classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
-    apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-    text = f"{classes} of them in two classes, {apart} in two parts"
-    tell(found.notes, twice, f"{len(twice)} images are there more than once, {text}")
-    both = [addresses for addresses, _, parts in twice if {"train", "test"} <= {*parts}]
+    uses = [
+        (found.real[address], part)
+        for (part, _), items in found.sets.items()
+        for address, _ in items
+    ]
+    images = group(uses, lambda use: use[0]).items()
+    parts_of = {image: {part for _, part in those} for image, those in images if len(those) > 1}
+    tell(found.notes, parts_of, f"{len(parts_of)} images are there twice, as {[*parts_of][:1]}")
+    both = [image for image, parts in parts_of.items() if {"train", "test"} <= parts]
     require(not both, f"{len(both)} images are trained and tested on: remove one of {both[:9]}")
 
 
@@ -693,8 +708,7 @@ class Task:
     tests: list[Test]
     notes: list[str]
     lines: list[str] = field(default_factory=list)  # item_lines of what is trained on
-    split: str = ""  # hash of the lines
-    pool: str = ""  # hash of all images that the shots are drawn from
+    training: dict = field(default_factory=dict)  # what a figure is of: hashes, seed, ..
     root: str = ""
 
     def validation(self) -> list[Test]:
@@ -708,7 +722,7 @@ def load_task(args: argparse.Namespace) -> Task:
     what that run was trained on."""
     one = re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}")
     require(one, f"--template {args.template!r} needs one {{}}, where the class name goes")
-    run = read_json(Path(args.eval, "config.json")) if args.eval else {"settings": vars(args)}
+    run = read_run(args.eval) if args.eval else {"settings": vars(args)}
     name = run["settings"]["dataset"]
     trained = {name, place(name, run["root"])} if args.eval else {name}
     found = read(args.dataset, args, trained)
@@ -725,8 +739,12 @@ def load_task(args: argparse.Namespace) -> Task:
         tell(other.notes, args.template, f"its template is {other.source.template!r}")
         found.notes += [f"{other.name}: {note}" for note in other.notes]
     train, val = ([], []) if args.eval else draw(found, labels, args)
-    pool = fingerprint(item_lines(found.sets["train", ""], found.root))
-    run = {"train": item_lines(train, found.root), "pool": pool, "root": found.root} | run
+    lines = item_lines(train, found.root)
+    pool = item_lines(found.sets["train", ""], found.root)  # that the shots are drawn from
+    decided = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
+    training = {key: run["settings"].get(key) for key in decided}
+    training |= {"split": fingerprint(lines), "pool": fingerprint(pool)}
+    run = {"train": lines, "training": training, "root": found.root} | run
     seen = trained_on(tests, run)
     text = f"{len(seen)} test images are trained on, as {min(seen, default='')}"
     require(args.eval or not seen, f"{text}: remove them")
@@ -740,8 +758,7 @@ def load_task(args: argparse.Namespace) -> Task:
         tests=tests,
         notes=[text] * bool(seen) + found.notes,
         lines=run["train"],
-        split=fingerprint(run["train"]),
-        pool=run["pool"],
+        training=run["training"],
         root=found.root,
     )
 
@@ -790,6 +807,8 @@ def make_tests(found: Found, classes: str, part: str, template: str) -> list[Tes
 
 
 def number_or_all(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
     return text if text == "all" else int(text)
 
 

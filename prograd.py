@@ -261,9 +261,9 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    note = {"classnames": task.classnames, "template": task.template}  # in every checkpoint
     first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
-    for epoch, (x, labels) in common.epochs(args, first, views, out.name):
+    for epoch in common.progress(range(first, args.epochs), out.name):
+        x, labels = views(epoch)  # [N, D], [N]
         # Eq. 6: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -275,12 +275,12 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
             optimizer.step()
         loss_ce, loss_kl, cosine, conflict = torch.stack(seen).mean(dim=0)
         # Means over the epoch's steps: "conflict" is the share of steps with a conflict.
-        log = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl}
-        log |= {"cosine": cosine, "conflict": conflict}
+        log = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine,
+               "conflict": conflict}  # fmt: skip
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             log["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
-        common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs, **note)
+        common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs)
     return learner
 
 

@@ -178,8 +178,8 @@ class PromptedClassifier(torch.nn.Module):
 
     def __init__(self, clip: Clip, classnames: list[str], template: str, head="text", seed=1):
         super().__init__()
-        # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
-        self.visual = copy.deepcopy(clip.model.visual).to(memory_format=torch.contiguous_format)
+        # clip.start: the image encoder in fp32, where the frozen one is held in half precision.
+        self.visual = copy.deepcopy(clip.start or clip.model.visual).to(clip.device)
         self.classnames = classnames  # of the classifier's rows
         self.template = template
         text = common.prompt_features(clip, classnames, template)  # [C, D]
@@ -355,7 +355,8 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
     first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
-    for epoch, batches in common.epochs(args, first, training_batches(args, clip, task), out.name):
+    for epoch in common.progress(range(first, args.epochs), out.name):
+        batches = training_batches(args, clip, task, epoch)
         sums = next(learner.parameters()).new_zeros(6)
         for i, (size, parts) in enumerate(batches):
             rate = warmup_linear(epoch * len(batches) + i, args.epochs * len(batches), args.warmup)
@@ -379,26 +380,24 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     return learner
 
 
-def training_batches(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
-    """A function epoch → a list: for each batch its size, and an iterator over the parts that this
-    process takes of it, each (images [b, 3, H, W], labels [b], positions [b])."""
+def training_batches(
+    args: argparse.Namespace, clip: Clip, task: data.Task, epoch: int
+) -> list[tuple[int, Iterator]]:
+    """For each batch of an epoch its size, and an iterator over the parts that this process takes
+    of it, each (images [b, 3, H, W], labels [b], positions [b])."""
     transform = data.train_transform(clip.preprocess, args.augment)
     images = data.ImageSet(task.train, transform, args.seed)
-
-    def batches(epoch: int) -> list[tuple[int, Iterator]]:
-        # The last batch may be smaller, and is kept, as released.
-        shuffled = torch.randperm(len(images), generator=data.generator(args.seed, "order", epoch))
-        whole = shuffled.split(args.batch_size)[: args.max_steps or None]
-        own = [batch[rank() :: world_size()] for batch in whole]  # this process's; may be empty
-        parts = [some.chunk(args.accumulate) if len(some) else () for some in own]
-        # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
-        view = epoch % args.views if args.views else epoch
-        lists = [(part + view * len(images)).tolist() for some in parts for part in some]
-        # One loader for all of these, as it decodes ahead. So the batches are to be used in order.
-        loaded = data.load_images(images, lists, args, f"epoch {epoch + 1}")
-        return [(len(batch), (next(loaded) for _ in some)) for batch, some in zip(whole, parts)]
-
-    return batches
+    # The last batch may be smaller, and is kept, as released.
+    shuffled = torch.randperm(len(images), generator=data.generator(args.seed, "order", epoch))
+    whole = shuffled.split(args.batch_size)[: args.max_steps or None]
+    own = [batch[rank() :: world_size()] for batch in whole]  # this process's; may be empty
+    parts = [some.chunk(args.accumulate) if len(some) else () for some in own]
+    # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
+    view = epoch % args.views if args.views else epoch
+    lists = [(part + view * len(images)).tolist() for some in parts for part in some]
+    # One loader for all of these, as it decodes ahead. So the batches are to be used in order.
+    loaded = data.load_images(images, lists, args, f"epoch {epoch + 1}")
+    return [(len(batch), (next(loaded) for _ in some)) for batch, some in zip(whole, parts)]
 
 
 def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
@@ -441,15 +440,14 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
     loss, loss_ce, right, w, above = sums[1:] / sums[0]  # means over the epoch's images
     log = {"lr": args.lr * rate, "loss": loss, "loss_ce": loss_ce, "train_accuracy": 100 * right}
     log |= {"w_mean": w, "w_above_half": above} if args.loss != "ce" else {}
-    note = {"classnames": task.classnames, "template": task.template}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
         found = tuned_logits(args, clip, learner, task.validation()[0])
         log["val_accuracy"] = common.evaluate(*found)["accuracy"]
     if args.select == "val":
         earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
         if log["val_accuracy"] > max(earlier, default=-1):  # of equals the first
-            common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
-    common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs, **note)
+            common.save_checkpoint(out / "best", learner, epoch=epoch + 1)
+    common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs)
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
@@ -561,8 +559,7 @@ def main(argv: list[str] | None = None) -> dict:
         out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     else:  # reads a checkpoint to go on with, if there is one; writes nothing, tests nothing
         out = Path(args.resume or os.devnull)  # os.devnull: no folder, so it holds no checkpoint
-    tests = task.tests if rank() == 0 else []
-    encoded = [common.encode_test(args, clip, test) for test in tests]
+    encoded = [common.encode_test(args, clip, test) for test in (task.tests if rank() == 0 else ())]
     baseline = None
     if compare:
         plain = argparse.Namespace(**vars(args) | {"loss": "ce", "alpha": 0.0})

@@ -194,7 +194,8 @@ class PromptDistribution(torch.nn.Module):
         self.kind = kind
         self.u = u
         self.context = torch.nn.Parameter(context.clone())
-        D, W = clip.embed_dim, clip.width
+        D = common.prompt_features(clip, ["a"], "{}").shape[1]
+        W = clip.width
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
             torch.manual_seed(data.draw_seed(seed, "posterior"))
             if kind == "global":
@@ -346,9 +347,9 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    note = {"classnames": task.classnames, "template": task.template}  # in every checkpoint
     first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
-    for epoch, (x, labels) in common.epochs(args, first, views, out.name):
+    for epoch in common.progress(range(first, args.epochs), out.name):
+        x, labels = views(epoch)  # [N, D], [N]
         # Eq. 7: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -365,7 +366,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
             log["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
-        common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs, **note)
+        common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs)
     return learner
 
 
@@ -387,7 +388,7 @@ def predict(learner: PromptDistribution, clip: Clip, classnames: list[str], x: T
 
     # Images go in chunks that take a quarter of the memory, beside the text encoder's: at most six
     # arrays of logits, and three of an image's own text features, are alive at a time.
-    numbers = 6 if learner.kind == "global" else 6 + 3 * clip.embed_dim
+    numbers = 6 if learner.kind == "global" else 6 + 3 * x.shape[1]
     numbers *= (1 + len(learner.eval_noise)) * len(classnames)  # of one image
     chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (numbers * x.element_size())))
     shared = text_features(x[:1]) if learner.kind == "global" else None

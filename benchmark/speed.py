@@ -95,7 +95,7 @@ def prograd_steps(clip: common.Clip, names: list[str], args, kind: str = "step")
     many images by a trained prompt, which the released code encodes for every 100 of them."""
     C, M, B = len(names), 16, 32
     torch.manual_seed(1)
-    D = clip.embed_dim
+    D = clip.model.text_projection.shape[1]
     x = F.normalize(torch.randn(B, D, device=clip.device), dim=-1)
     labels = torch.randint(0, C, (B,), device=clip.device)
     teacher = F.normalize(torch.randn(C, D, device=clip.device), dim=-1)
@@ -123,7 +123,7 @@ def prograd_steps(clip: common.Clip, names: list[str], args, kind: str = "step")
 def vpt_steps(clip: common.Clip, names: list[str], args, kind: str = "global") -> dict:
     """One VPT step of one image, L = 10, M = 4: forward and backward."""
     torch.manual_seed(1)
-    L, D = 10, clip.embed_dim
+    L, D = 10, clip.model.text_projection.shape[1]
     x = F.normalize(torch.randn(1, D, device=clip.device), dim=-1)
     labels = torch.zeros(1, dtype=torch.long, device=clip.device)
     context = 0.02 * torch.randn(4, clip.width, device=clip.device)
