@@ -410,16 +410,18 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
     """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`. Reads
     args.seed, workers, device and cache_dir. UserError names every broken image at once."""
     labels = torch.tensor([label for _, label in items], device=clip.device)
-    path = None
-    if cache and args.cache_dir != "none":
-        path = Path(args.cache_dir, feature_key(clip, items, transform, args, view))
+    path = (
+        Path(args.cache_dir, feature_key(clip, items, transform, args, view))
+        if cache and args.cache_dir != "none"
+        else None
+    )
     if path and path.exists():
         with contextlib.suppress(Exception):  # after a full disk or a kill
             return safetensors.torch.load_file(path, device=clip.device)["features"], labels
         print(f"note: {path} is damaged: its images are encoded again")
-    images = data.ImageSet(items, transform, args.seed)
     numbers = torch.arange(len(items)) + view * len(items)  # see ImageSet
     lists = [batch.tolist() for batch in numbers.split(256)]
+    images = data.ImageSet(items, transform, args.seed)
     with torch.no_grad(), autocast(clip):
         features = torch.cat([
             clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
@@ -714,21 +716,21 @@ def claim_folder(args: argparse.Namespace) -> Path:
             out.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(filelock.Timeout):
                 # is_singleton: a process may make one run after the other in one folder.
-                lock = filelock.FileLock(out / ".lock", timeout=0, is_singleton=True)
-                LOCKS.append(lock.acquire())
+                LOCKS.append(filelock.FileLock(out / ".lock", 0, is_singleton=True).acquire())
                 return out
         require(not named, f"{out} is in use or holds a run: --resume it, or another --out-dir")
 
 
 # Checkpoints and epochs
-def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
-    """checkpoint.safetensors: what is learned as model/NAME, the optimiser's state of its i-th
-    parameter as optimizer/i/NAME, and a note (the epoch) as JSON."""
-    tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
+def save_checkpoint(out: Path, module: torch.nn.Module, epoch: int, optimizer=None) -> None:
+    """checkpoint.safetensors, after so many epochs: what is learned as model/NAME, the optimiser's
+    state of its i-th parameter as optimizer/i/NAME."""
+    kept = {f"model/{key}": value for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
-        tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
-    note = {"note": json.dumps(note)}
-    write(out / "checkpoint.safetensors", safetensors.torch.save(to_cpu(tensors), note))
+        kept |= {f"optimizer/{i}/{key}": x for key, x in state.items() if x is not None}
+    write(
+        out / "checkpoint.safetensors", safetensors.torch.save(to_cpu(kept), {"epoch": f"{epoch}"})
+    )
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -741,20 +743,20 @@ def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
-    """Put a run's checkpoint into module and optimiser, which must fit it → its note."""
+def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> int:
+    """Put a run's checkpoint into module and optimiser, which must fit it → its epochs."""
     path = Path(folder, "checkpoint.safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            note = json.loads(file.metadata()["note"])
-        module.load_state_dict(part_of(tensors, "model/"))
+            kept = {key: file.get_tensor(key) for key in file.keys()}
+            epoch = int(file.metadata()["epoch"])
+        module.load_state_dict(part_of(kept, "model/"))
     except Exception as error:  # there is none yet, or it is foreign, damaged or of other flags
         raise UserError(f"{path} cannot be read: {str(error)[:200]}") from error
     if optimizer:
-        parts = [part_of(tensors, f"optimizer/{i}/") for i, _ in enumerate(module.parameters())]
+        parts = [part_of(kept, f"optimizer/{i}/") for i, _ in enumerate(module.parameters())]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(parts))})
-    return note
+    return epoch
 
 
 def part_of(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
@@ -765,7 +767,7 @@ def part_of(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the folder's checkpoint, if there is one → the epoch to go on with."""
     path = out / "checkpoint.safetensors"
-    return load_checkpoint(out, module, optimizer)["epoch"] if path.exists() else 0
+    return load_checkpoint(out, module, optimizer) if path.exists() else 0
 
 
 def end_epoch(
@@ -787,7 +789,7 @@ def end_epoch(
     # WHY the line first: after a kill between the two the epoch and its line are done again.
     lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **{key: numbers[key] for key in line}}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    save_checkpoint(out, module, None if last else optimizer, epoch=epoch + 1)
+    save_checkpoint(out, module, epoch + 1, None if last else optimizer)
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -865,11 +867,11 @@ def report(result: dict, out: Path) -> None:
         words = [test["dataset"], test["domain"], test["classes"]]
         label = " ".join(word for word in words if word not in (first["dataset"], "", "all"))
         found = measures(test).values()
-        n = str(test["n"])
         rows += [
-            [label or "all", n, "accuracy %", *(f"{m['accuracy']:.1f}" for m in found)],
-            ["", "", "NLL nats", *(f"{m['nll']:.3f}" for m in found)],
-            ["", "", "ECE %", *(f"{m['ece']:.1f}" for m in found)],
+            [label or "all", str(test["n"]), "accuracy %"]
+            + [f"{m['accuracy']:.1f}" for m in found],
+            ["", "", "NLL nats"] + [f"{m['nll']:.3f}" for m in found],
+            ["", "", "ECE %"] + [f"{m['ece']:.1f}" for m in found],
         ]
     if result["harmonic_mean"]:
         means = [f"{h:.1f}" for h in result["harmonic_mean"].values()]

@@ -354,8 +354,10 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
         require(isinstance(split.get(part), list), f'{file} has no list "{part}" of its images')
         for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
-            fits = isinstance(row, list) and [*map(type, row)] == [str, int, str]
-            require(fits, f"{where} is not [path, label, name]")
+            require(
+                isinstance(row, list) and [*map(type, row)] == [str, int, str],
+                f"{where} is not [path, label, name]",
+            )
             path, label, name = row
             names.setdefault(label, name)
             require(names[label] == name, f"{where}: this label is {names[label]!r} before")
@@ -435,8 +437,8 @@ def check_parts(found: Found, rows: list[Row]) -> None:
     )
     kinds = sorted(PARTS[part.lower()] for part in parts)
     allowed = [[], ["test", "train"], ["train", "val"], ["test", "train", "val"]]
-    fits = kinds in allowed or (found.whole and kinds == ["test"])
-    require(fits, f"{found.root} has the parts {parts}: needed are one train and one test or val")
+    allowed += [["test"]] * found.whole
+    require(kinds in allowed, f"{found.root} has the parts {parts}: needed: train, and test or val")
     if ":" not in found.name:
         return
     tell(found.notes, parts, f"the folders {', '.join(parts)} are read as parts")
@@ -525,8 +527,8 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     folders in order, where it is clear which order: not for 1, 10, 2."""
     lines = [normalize("NFC", line) for line in read_text(file).splitlines() if line.strip()]
     if not any("\t" in line for line in lines):
-        padded = {folder: re.sub(r"\d+", lambda n: n[0].zfill(20), folder) for folder in folders}
-        shown = sorted(folders, key=lambda folder: padded[folder].lower())  # by file managers
+        # As file managers show them: 1, 2, 10.
+        shown = sorted(folders, key=lambda f: re.sub(r"\d+", lambda n: n[0].zfill(20), f.lower()))
         # A line that begins as a folder is called means it by name, with another sign for the tab.
         clear = shown == folders and not any(line.startswith(tuple(folders)) for line in lines)
         require(
@@ -720,8 +722,9 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
     what that run was trained on."""
-    one = re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}")
-    require(one, f"--template {args.template!r} needs one {{}}, where the class name goes")
+    require(
+        (args.template or "{}").count("{}") == 1, f"{args.template!r} needs one {{}}, for the name"
+    )
     run = read_run(args.eval) if args.eval else {"settings": vars(args)}
     name = run["settings"]["dataset"]
     trained = {name, place(name, run["root"])} if args.eval else {name}
@@ -740,10 +743,10 @@ def load_task(args: argparse.Namespace) -> Task:
         found.notes += [f"{other.name}: {note}" for note in other.notes]
     train, val = ([], []) if args.eval else draw(found, labels, args)
     lines = item_lines(train, found.root)
-    pool = item_lines(found.sets["train", ""], found.root)  # that the shots are drawn from
-    decided = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
-    training = {key: run["settings"].get(key) for key in decided}
-    training |= {"split": fingerprint(lines), "pool": fingerprint(pool)}
+    pool = item_lines(found.sets["train", ""], found.root)  # what the shots are drawn from
+    training = {"split": fingerprint(lines), "pool": fingerprint(pool)}
+    for key in ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision"):
+        training[key] = run["settings"].get(key)
     run = {"train": lines, "training": training, "root": found.root} | run
     seen = trained_on(tests, run)
     text = f"{len(seen)} test images are trained on, as {min(seen, default='')}"
@@ -769,8 +772,8 @@ def draw(found: Found, labels: range, args: argparse.Namespace) -> tuple[list[It
     drawn = fewshot(found.sets["train", ""], found.sets["val", ""], args.shots, args.seed)
     train, val = (keep_labels(items, labels) for items in drawn)
     least = min(collections.Counter(label for _, label in train).values(), default=0)
-    few = args.shots != "all" and least < args.shots
-    tell(found.notes, few, f"a class has {least} training images, no more")
+    if args.shots != "all":
+        tell(found.notes, least < args.shots, f"a class has {least} training images, no more")
     return train, val
 
 

@@ -446,7 +446,7 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
     if args.select == "val":
         earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
         if log["val_accuracy"] > max(earlier, default=-1):  # of equals the first
-            common.save_checkpoint(out / "best", learner, epoch=epoch + 1)
+            common.save_checkpoint(out / "best", learner, epoch + 1)
     common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs)
 
 
