@@ -290,7 +290,7 @@ def build_parser() -> data.Parser:
 # 4. TRAIN: several processes learn what one alone would learn -------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
-    if not common.several_processes() or dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     require(not args.download, "let one process download first: python data.py --download ..")
     if args.device != "cpu":
