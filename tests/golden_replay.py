@@ -66,15 +66,13 @@ def train(module, args, clip, task, batches: list[tuple], start=None, rates=None
 def before_names(clip: common.Clip, classnames: list[str], g: Recording, key: str) -> list[int]:
     """Of tokenised prompts the ids between SOS and the class name, the same in all. What follows
     must be our tokens of the name, a full stop and EOT, and zeros."""
-    found, equal = [], True
-    for name, row in zip(classnames, g[key].tolist(), strict=True):
-        ours = common.token_ids(clip, f"{name}.", len(row))
-        end = row.index(clip.tokenizer.eot_token_id) + 1
-        found.append(row[1 : end - len(ours)])
-        prompt = [clip.tokenizer.sot_token_id, *found[0], *ours]
-        equal &= row == prompt + [0] * (len(row) - len(prompt))
-    g.exact(key, equal)
-    return found[0]
+    recorded, texts = g[key], [f"{name}." for name in classnames]
+    # The place of EOT, the highest id, tells how many tokens more than SOS stand before the name.
+    P = 1 + int(recorded[0].argmax() - common.pad(clip, texts)[0].argmax())
+    names = torch.equal(recorded[:, P:], common.pad(clip, texts, P)[:, P:])
+    start = [clip.tokenizer.sot_token_id, *recorded[0, 1:P].tolist()]
+    g.exact(key, names and all(row[:P].tolist() == start for row in recorded))
+    return start[1:]
 
 
 # ProGrad ------------------------------------------------------------------------------------------
