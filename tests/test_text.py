@@ -225,13 +225,13 @@ def test_section_2_pastes():
 
 def test_zero_shot_classifier(clip64):
     """Unit rows; of several templates their mean, normalised."""
-    one, other, both = (
-        common.zero_shot_classifier(clip64, NAMES, templates)
-        for templates in (["a {}."], ["the {}."], ["a {}.", "the {}."])
-    )
+
+    def classifier(*templates: str) -> torch.Tensor:
+        return common.zero_shot_classifier(clip64, NAMES, templates)
+
+    one, mean = classifier("a {}."), classifier("a {}.") + classifier("the {}.")
     equal(one.norm(dim=-1), torch.ones(len(NAMES), dtype=torch.float64))
-    mean = one + other
-    equal(both, mean / mean.norm(dim=-1, keepdim=True))
+    equal(classifier("a {}.", "the {}."), mean / mean.norm(dim=-1, keepdim=True))
 
 
 def test_bf16_is_near(clip64):
