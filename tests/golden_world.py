@@ -36,8 +36,8 @@ def deviation(ours, recorded, absolute: bool = False) -> float:
 
 class Recording:
     """One file. recording[key] → a tensor (floats as float64) or a JSON value (of a list the key is
-    ""). `compare`, `compare_rows` and `exact` note how far ours is off, where there is such a key:
-    not every case has every one."""
+    ""). `compare` and `compare_rows` note how far ours is off, where there is such a key: not every
+    case has every one."""
 
     def __init__(self, path: Path):
         self.name = path.name
@@ -68,20 +68,19 @@ class Recording:
 
     def compare_rows(self, key: str, ours, since=None) -> None:
         """Each entry of the first axis by itself, so that none hides behind the others; and its
-        change, `since` the start (where little has changed, the last bit may show beside it)."""
+        change, `since` the start (where little has changed, the last bit may show beside it). Of
+        some parameters the last entry alone is recorded."""
         if key not in self.values:
             return
-        for i, (mine, recorded) in enumerate(zip(ours, self[key], strict=True)):
-            self.off[f"{key}[{i}]"] = deviation(mine, recorded)
+        recorded = self[key]
+        if since is not None and recorded.dim() == since.dim():
+            recorded, ours = recorded[None], ours[-1:]
+        for i, (mine, theirs) in enumerate(zip(ours, recorded, strict=True)):
+            self.off[f"{key}[{i}]"] = deviation(mine, theirs)
             if since is not None:
-                last_bit = 2**-52 * recorded.norm().item() / (recorded - since).norm().item()
-                off = deviation(mine - since, recorded - since) - last_bit
+                last_bit = 2**-52 * theirs.norm().item() / (theirs - since).norm().item()
+                off = deviation(mine - since, theirs - since) - last_bit
                 self.off[f"{key}[{i}] change"] = off
-
-    def exact(self, key: str, equal: bool) -> None:
-        if key in self.values:
-            self.read.add(key)
-            self.off[key] = 0.0 if equal else math.inf
 
 
 class GoldenWorld:

@@ -11,7 +11,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from golden_replay import REPLAYS, settings
 from golden_world import FOLDER, OWN, TOLERANCE, GoldenWorld, Recording, world
@@ -50,7 +49,7 @@ def check_weights(g: Recording, golden: GoldenWorld) -> None:
     state = golden.clips[g.name].model.state_dict()
     assert all(key in g.values for key in state if key.startswith("visual."))
     for key in g.keys():
-        g.exact(key, torch.equal(state[key], g[key]))
+        g.compare(key, state[key])
 
 
 def check_input(g: Recording, golden: GoldenWorld) -> None:
@@ -74,7 +73,7 @@ def check_fewshot(g: Recording, golden: GoldenWorld) -> None:
         for part, rows in zip(("train", "val", "test"), (*drawn, items["test"])):
             rows = data.keep_labels(rows, halves[classes])
             ours[part] = [[path, label, kept[label]] for path, label in rows]
-        g.exact(key, ours == g[key])
+        assert ours == g[key], key
 
 
 def check_rates(g: Recording, golden: GoldenWorld) -> None:
