@@ -31,24 +31,15 @@ def tuned(result: dict) -> list[float]:
 # prograd.py ---------------------------------------------------------------------------------------
 def test_prograd_variants():
     """Each variant learns something else; CoOp's is what λ = 0 gives under either rule."""
-    flags = ["--no-compare", "--lr", "0.1", "--epochs", "4", "--test-part", "val"]
-    variants = {
-        "ProGrad": "",
-        "half": "--lam 0.5",
-        "add": "--rule add",
-        "ensemble": "--teacher ensemble --rule add",
-        "random": "--init random",
-        "short": "--n-ctx 4",
-        "coop": "--lam 0",
-        "coop too": "--lam 0 --rule add",
-    }
+    start = "--no-compare --lr 0.1 --epochs 4 --test-part val".split()
     found = {}
-    for name, more in variants.items():
-        found[name] = run(prograd, *flags, *more.split(), "--out-dir", name)
-    assert found["coop"]["tests"] == found.pop("coop too")["tests"]
+    for flags in ("", "--lam 0.5", "--rule add", "--teacher ensemble --rule add", "--init random",
+                  "--n-ctx 4", "--lam 0", "--lam 0 --rule add"):  # fmt: skip
+        found[flags] = run(prograd, *start, *flags.split(), "--out-dir", f"run {flags}")
+    assert found["--lam 0"]["tests"] == found.pop("--lam 0 --rule add")["tests"]
     # Without a conflict in these few steps λ changes nothing.
     assert len({tuple(tuned(result)) for result in found.values()}) >= 6
-    assert checkpoint("short")["model/context"].shape == (4, 64)
+    assert checkpoint("run --n-ctx 4")["model/context"].shape == (4, 64)
 
 
 def test_logged_conflicts_are_those_that_are_projected(toyclip):
@@ -168,11 +159,6 @@ def test_vpt_runs():
 
 
 # proreg.py ----------------------------------------------------------------------------------------
-def proreg_learner(folder: str):
-    settings = read(folder, "config.json")["settings"]
-    return proreg.read_learner(folder, argparse.Namespace(**settings), common.load_clip())
-
-
 def all_close(one: str, other: str, **within) -> None:
     """What two runs learned."""
     learned = checkpoint(other)
@@ -196,21 +182,15 @@ def test_ensembles_and_mixtures():
 
 
 def test_losses_heads_and_parts():
-    variants = {
-        "proreg": "",
-        "kd": "--loss kd",
-        "ce": "--loss ce",
-        "head": "--train head",
-        "mlp": "--head mlp",
-    }
-    found = {}
-    for name, flags in variants.items():
-        found[name] = tuned(run(proreg, *FINE, *flags.split(), "--out-dir", name))
-    assert len({tuple(value) for value in found.values()}) == 5
+    found = set()
+    for flags in ("", "--loss kd", "--loss ce", "--train head", "--head mlp"):
+        result = run(proreg, *FINE, *flags.split(), "--out-dir", f"run {flags}")
+        found.add(tuple(tuned(result)))
+    assert len(found) == 5
     start = common.load_clip().model.visual.state_dict()
-    learned = checkpoint("head")
+    learned = checkpoint("run --train head")
     assert all(torch.equal(learned[f"model/visual.{key}"], start[key]) for key in start)
-    assert any(key.startswith("model/cls_head") for key in checkpoint("mlp"))
+    assert any(key.startswith("model/cls_head") for key in checkpoint("run --head mlp"))
 
 
 def test_unseen_classes_by_their_prompts():
@@ -251,12 +231,11 @@ def test_selecting_on_validation_images():
     flags = [*FINE, "--select", "val", "--epochs", "4", "--lr", "3e-3"]
     result = run(proreg, *flags, "--out-dir", "here")
     accuracies = [line["val_accuracy"] for line in common.read_metrics(Path("here"))]
-    learner = proreg_learner("here")
+    args, clip = argparse.Namespace(**result["settings"]), common.load_clip()
+    learner = proreg.read_learner("here", args, clip)
     best = common.load_checkpoint("here/best", learner)
     assert best["epoch"] == accuracies.index(max(accuracies)) + 1
-    args = argparse.Namespace(**result["settings"])
-    test = data.load_task(args).tests[0]
-    logits, labels = proreg.tuned_logits(args, common.load_clip(), learner, test)
+    logits, labels = proreg.tuned_logits(args, clip, learner, data.load_task(args).tests[0])
     assert common.evaluate(logits, labels) == result["tests"][0]["tuned"]
     again = run(proreg, "--eval", "here", "--test-part", "val", "--out-dir", "again")
     assert tuned(again) == tuned(result)  # of the best epoch, too
