@@ -47,6 +47,12 @@ SHORT = {  # flags that make a run of seconds
 SHORT = {script: flags.split() for script, flags in SHORT.items()}
 
 
+@pytest.fixture
+def half(trained) -> Path:
+    """A run that is trained on half of the classes."""
+    return trained(prograd, *SHORT[prograd], "--no-compare")
+
+
 def figures(folder) -> dict:
     """Of result.json what a run that was killed must hold, too."""
     result = read(folder)
@@ -222,42 +228,40 @@ def test_finished_runs_keep_what_was_learned_alone(monkeypatch):
 
 
 # Settings of an earlier run -----------------------------------------------------------------------
-def test_resume_keeps_the_settings(trained):
-    half = trained(prograd, *SHORT[prograd], "--no-compare")
+def test_resume_keeps_the_settings(half):
     flags = ["--resume", str(half)]
     settled = common.settle(prograd.build_parser(), flags, "prograd", prograd.defaults)
     assert settled.lr == 0.005 and settled.epochs == 6
 
 
-REFUSED = [  # flags beside those of two runs, trained on half of the classes and on all; the error
-    ("--resume {half} --lr 0.1", "half has --lr 0.005: leave --lr out"),
-    ("--resume {half} --shots 2", "half has --shots 4: leave --shots out"),
-    ("--resume {half} --csc", "half has --csc False: leave --csc out"),
-    ("--resume {half} --out-dir x", "leave out --eval and --out-dir"),
-    ("--out-dir {half}", "half holds a run: --resume it, or name another --out-dir"),
+REFUSED = [  # flags; the error. Two runs are there, trained on half of the classes and on all
+    ("--resume half --lr 0.1", "half has --lr 0.005: leave --lr out"),
+    ("--resume half --shots 2", "half has --shots 4: leave --shots out"),
+    ("--resume half --csc", "half has --csc False: leave --csc out"),
+    ("--resume half --out-dir x", "leave out --eval and --out-dir"),
+    ("--out-dir half", "half holds a run: --resume it, or name another --out-dir"),
     ("--resume heer --workers 0", "there is no run heer; to begin it say on which --dataset"),
     ("--resume heer --lr 0.1", "there is no run heer; to begin it say on which --dataset"),
     ("--eval nothing", "nothing is no run folder"),
-    ("--eval {half} --n-ctx 4", "half has --n-ctx 16: leave --n-ctx out"),
-    ("--eval {half} --lr 1", "half has --lr 0.005: leave --lr out"),
-    ("--eval {all} --seed 2", "all has --seed 1: leave --seed out"),
-    ("--eval {all} --shots 16", "all has --shots 4: leave --shots out"),
-    ("--eval {all} --classes base", "all was not trained on half of these classes"),
-    ("--eval {half} --dataset toy_colorfills_dark --classes base", "half was not trained on half"),
+    ("--eval half --n-ctx 4", "half has --n-ctx 16: leave --n-ctx out"),
+    ("--eval half --lr 1", "half has --lr 0.005: leave --lr out"),
+    ("--eval all --seed 2", "all has --seed 1: leave --seed out"),
+    ("--eval all --shots 16", "all has --shots 4: leave --shots out"),
+    ("--eval all --classes base", "all was not trained on half of these classes"),
+    ("--eval half --dataset toy_colorfills_dark --classes base", "half was not trained on half"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "text"), REFUSED)
-def test_what_was_decided_is_not_typed_anew(flags, text, trained):
-    Path("half").symlink_to(trained(prograd, *SHORT[prograd], "--no-compare"))
+def test_what_was_decided_is_not_typed_anew(flags, text, half, trained):
+    Path("half").symlink_to(half)
     Path("all").symlink_to(trained(prograd, *QUICK, "--classes", "all"))
-    refused(text, prograd, *flags.format(half="half", all="all").split())
+    refused(text, prograd, *flags.split())
     assert not Path("heer").exists()
 
 
-def test_folders_that_are_no_run_of_a_script(trained):
+def test_folders_that_are_no_run_of_a_script(half):
     refused("is no run folder", prograd, "--eval", "")  # --eval "$NOT_SET"
-    half = trained(prograd, *SHORT[prograd], "--no-compare")
     refused("is no training run of vpt.py", vpt, "--resume", half)
     Path("foreign").mkdir()
     for text in ('{"architectures": ["CLIPModel"]}', '{"settings": {}}', "[]"):
@@ -273,8 +277,8 @@ def test_evaluation_gives_the_figures_of_training(script, trained):
     assert [t["tuned"] for t in result["tests"]] == [t["tuned"] for t in read(folder)["tests"]]
 
 
-def test_evaluation_inherits_what_was_learned_and_not_how(trained):
-    shutil.copytree(trained(prograd, *SHORT[prograd], "--no-compare"), "here")
+def test_evaluation_inherits_what_was_learned_and_not_how(half):
+    shutil.copytree(half, "here")
     config = read("here", "config.json")
     how = {"precision": "fp16", "device": "cuda", "memory_gb": 40.0}
     config["settings"] |= how
@@ -296,9 +300,8 @@ def test_evaluation_inherits_what_was_learned_and_not_how(trained):
         ("--dataset toy_colorfills_dark", ["all"]),  # all of them are new
     ],
 )
-def test_evaluation_on_other_classes(flags, classes, trained):
-    folder = trained(prograd, *SHORT[prograd], "--no-compare")
-    result = run(prograd, "--eval", folder, *flags.split())
+def test_evaluation_on_other_classes(flags, classes, half):
+    result = run(prograd, "--eval", half, *flags.split())
     assert {test["dataset"] for test in result["tests"]} == {flags.split()[1]}
     assert [test["classes"] for test in result["tests"]] == classes
     assert bool(result["harmonic_mean"]) == (len(classes) == 2)

@@ -45,6 +45,7 @@ def encode_text(clip, template: str) -> torch.Tensor:
 def test_prompts_equal_encode_text(clip64):
     template = "a photo of a {}."
     equal(common.prompt_features(clip64, NAMES, template), encode_text(clip64, template))
+    assert common.check_text_tower(clip64).fast
 
 
 @pytest.mark.parametrize("memory_gb", [4.0, 1e-3, 1e-9])
@@ -119,20 +120,6 @@ def test_custom_text_tower_and_layer_scale():
     equal(common.prompt_features(clip, NAMES, "a {}"), encode_text(clip, "a {}"))
 
 
-@pytest.mark.parametrize("change", ["not causal", "read at the start"])
-def test_towers_that_are_not_clips(clip64, change):
-    """The numerical self-check sees it, and the plain encoder takes over."""
-    assert common.check_text_tower(clip64) is clip64
-    clip = dataclasses.replace(clip64, model=copy.deepcopy(clip64.model))
-    if change == "not causal":
-        clip.model.attn_mask.fill_(0)
-    else:
-        clip.model.text_pool_type = "first"
-    clip = common.check_text_tower(clip)
-    assert not clip.fast and "encoded whole" in clip.notes[0]
-    equal(common.prompt_features(clip, NAMES, "a {}"), encode_text(clip, "a {}"))
-
-
 class OtherTokenizer:
     """Of open_clip's class for Hugging Face's tokenizers: one that pads with 1 and, as SigLIP's,
     begins with no token, or with BERT's."""
@@ -148,8 +135,9 @@ class OtherTokenizer:
 
 
 LAST = {"no_causal_mask": True, "pool_type": "last"}
-KINDS = {  # text_cfg and tokenizer of MobileCLIP's, SigLIP's and CLIPA's kinds
+KINDS = {  # text_cfg and tokenizer of MobileCLIP's, SigLIP's and CLIPA's kinds, and of one more
     "mobileclip": ({"no_causal_mask": True}, None),
+    "first": ({"no_causal_mask": True, "pool_type": "first"}, None),
     "siglip": (LAST | {"proj_bias": True}, OtherTokenizer(None)),
     "clipa": (LAST, OtherTokenizer(101)),
 }
@@ -157,6 +145,8 @@ KINDS = {  # text_cfg and tokenizer of MobileCLIP's, SigLIP's and CLIPA's kinds
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_of_clips_in_all_scripts(kind, tmp_path, monkeypatch):
+    """The numerical self-check sees what is not causal, or not read at a text's end, and the plain
+    encoder takes over."""
     text, tokenizer = KINDS[kind]
     config = CONFIG | {"text_cfg": TEXT | text, "custom_text": True}
     config |= {"init_logit_bias": -10} if kind == "siglip" else {}
