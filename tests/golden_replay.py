@@ -153,10 +153,9 @@ def prograd_replay(g: Recording, golden: GoldenWorld) -> None:
     for kind in kinds:  # on batch 0 at the start
         labels = g[f"{kind}/labels"][:1]
         (first,) = case.train(labels)
-        g.compare(f"{kind}/xe_loss", first["loss_ce"])
-        g.compare(f"{kind}/kl_loss", first["loss_kl"])
-        g.compare(f"{kind}/g_d", first["g_d"])
-        g.compare(f"{kind}/g_g", first["g_g"])
+        ours = {"xe_loss": "loss_ce", "kl_loss": "loss_kl", "g_d": "g_d", "g_g": "g_g"}
+        for key, name in ours.items():
+            g.compare(f"{kind}/{key}", first[name])
         g.compare(f"{kind}/cos", first["cosine"], absolute=True)
         for key in g.keys(f"{kind}/g_proj_lam*"):
             (step,) = case.train(labels, lam=float(key.rpartition("_lam")[2]))
@@ -193,75 +192,70 @@ RELEASED |= {"meta_net.weight_mean.module": "mean_net"}
 RELEASED |= {"meta_net.weight_log_variance.module": "logvar_net"}
 
 
-class VPTCase:
-    """What one recording was made with: posterior, start, image features, noise."""
-
-    def __init__(self, g: Recording, golden: GoldenWorld):
-        self.clip = golden.clip
-        self.classnames = golden.classnames
-        self.labels = g["labels"]  # [NB, b]
-        self.x = F.normalize(golden.features(self.clip), dim=-1)  # [NB, B, D]
-        self.eps = g["eps"]
-        self.released = {}  # {our name: theirs}
-        for theirs in (key.removeprefix("init/") for key in g.keys("init/*")):
-            stem = next(stem for stem in RELEASED if theirs.startswith(stem))
-            self.released[theirs.replace(stem, RELEASED[stem])] = theirs
-        ids = before_names(self.clip, golden.classnames, g, "tokenized_prompts")
-        kind = "global" if "mean" in self.released else "image"
-        self.flags = {"posterior": kind, "samples": g["L"].item(), "batch_size": g["batch"].item()}
-        self.flags |= {"ctx_init": self.clip.tokenizer.decode(ids).strip()}
-        # At the recorded start, with the recorded evaluation noise.
-        context = vpt.initial_context(self.clip, self.flags["ctx_init"])
-        g.compare("init/ctx", context)
-        self.learner = vpt.new_learner(settings(vpt, **self.flags), self.clip, context)
-        self.learner.load_state_dict({n: g[f"init/{key}"] for n, key in self.released.items()})
-        self.learner.eval_noise = g["eps_eval"]
-
-    def train(self, n_steps: int, rates=None) -> list[dict]:
-        """vpt.train with batch i = the first images of batch i: what each step left behind."""
-        batches = [(self.x[i, : len(y)], y) for i, y in enumerate(self.labels[:n_steps])]
-        args, task = settings(vpt, **self.flags), make_task(self.classnames, "")
-        with mock.patch.object(vpt, "training_noise", lambda args, clip, e, *_: self.eps[e]):
-            return train(vpt, args, self.clip, task, batches, self.learner, rates)
-
-
 def vpt_replay(g: Recording, golden: GoldenWorld) -> None:
-    case = VPTCase(g, golden)
-    clip, learner = case.clip, case.learner
-    x = case.x[0, : case.labels.shape[1]]
+    # What it was made with: posterior, start, image features, noise.
+    clip, classnames, labels = golden.clip, golden.classnames, g["labels"]  # [NB, b]
+    released = {}  # {our name: theirs}
+    for theirs in (key.removeprefix("init/") for key in g.keys("init/*")):
+        stem = next(stem for stem in RELEASED if theirs.startswith(stem))
+        released[theirs.replace(stem, RELEASED[stem])] = theirs
+    ids = before_names(clip, classnames, g, "tokenized_prompts")
+    args = settings(
+        vpt,
+        posterior="global" if "mean" in released else "image",
+        samples=g["L"].item(),
+        batch_size=g["batch"].item(),
+        ctx_init=clip.tokenizer.decode(ids).strip(),
+    )
+    context = vpt.initial_context(clip, args.ctx_init)
+    g.compare("init/ctx", context)
+    learner = vpt.new_learner(args, clip, context)
+    learner.load_state_dict({name: g[f"init/{theirs}"] for name, theirs in released.items()})
+    learner.eval_noise = g["eps_eval"]
+    images = F.normalize(golden.features(clip), dim=-1)  # [NB, B, D]
+    batches = [(x[: len(y)], y) for x, y in zip(images, labels)]  # the first of each
+
+    def steps_of(n: int, rates=None) -> list[dict]:
+        task = make_task(classnames, "")
+        with mock.patch.object(vpt, "training_noise", lambda args, clip, i, *_: g["eps"][i]):
+            return train(vpt, args, clip, task, batches[:n], learner, rates)
+
+    # The first batch.
+    x, _ = batches[0]
     g.compare("image_features_norm", x)
-    names = common.name_tokens(clip, case.classnames, len(learner.context))
+    names = common.name_tokens(clip, classnames, len(learner.context))
     with torch.no_grad():
         mu, logvar = learner.posterior(x)
-        text = learner(names, vpt.sample_residual(mu, logvar, case.eps[0]))  # [L, 1, C, D]
+        text = learner(names, vpt.sample_residual(mu, logvar, g["eps"][0]))  # [L, 1, C, D]
     g.compare("mu", mu)
     g.compare("logvar", logvar)
     g.compare("text_features_unnorm", text.squeeze(1))
-    (first,) = case.train(1)
+    (first,) = steps_of(1)
     for key, name in {"loss": "loss", "task_loss": "loss_task", "kl": "kl"}.items():
         g.compare(key, first[name].reshape(1))
-    for name, released in case.released.items():
-        g.compare(f"grad/{released}", first[name][1])
+    for name, theirs in released.items():
+        g.compare(f"grad/{theirs}", first[name][1])
     # Evaluation: the same noise for every image, hence the same prediction alone and together.
     for key in g.keys("eval_logprob*"):
-        x = case.x[0, : len(g[key])]
-        each = [vpt.class_logits(learner, clip, case.classnames, row[None]) for row in x]
+        x = images[0, : len(g[key])]
+        each = [vpt.class_logits(learner, clip, classnames, row[None]) for row in x]
         g.compare(key, torch.cat(each), " one at a time")
-        g.compare(key, vpt.class_logits(learner, clip, case.classnames, x))
+        g.compare(key, vpt.class_logits(learner, clip, classnames, x))
+    # Training.
     for key in g.cases("sgd_*/lr"):
         rates = None if key.startswith("sgd_const") else g[f"{key}/lr"]
-        steps = case.train(len(g[f"{key}/lr"]), rates)
+        steps = steps_of(len(g[f"{key}/lr"]), rates)
         g.compare_rows(f"{key}/lr", [step["lr"] for step in steps])
         g.compare(f"{key}/loss", [step["loss"] for step in steps])
         for name, start in learner.named_parameters():
             values = [step[name][0] for step in steps]
-            g.compare_rows(f"{key}/{case.released[name]}", values, start.detach())
+            g.compare_rows(f"{key}/{released[name]}", values, start.detach())
 
 
 # ProReg -------------------------------------------------------------------------------------------
-# PAPER vs CODE 6: the release leaves a "_" in a class name, our token_ids makes it a blank. This
-# letter stands in for it on the way to the tokeniser, which is handed the "_": so the tokens are
-# the release's, and all that follows is our code.
+# PAPER vs CODE 6: the release leaves a "_" in a class name, ours makes it a blank. This letter
+# stands in for it on the way to the tokeniser, which is handed the "_": so the tokens are the
+# release's, and all that follows is our code.
 STAND_IN = "\ue000"
 LOSSES = {"xERM": "proreg", "knowledge_distill": "kd", "kd": "kd", "ce": "ce"}  # --loss
 
