@@ -222,11 +222,6 @@ def test_frozen_weights_in_half_precision(any_clip, precision):
         return sum(value.numel() * value.element_size() for value in module.parameters())
 
     assert size(held.model.visual) < 0.6 * size(any_clip.model.visual)
-    table = common.text_tower(held.model).token_embedding.weight
-    assert table.dtype == held.model.logit_scale.dtype == torch.float32
-    if precision == "bf16":  # in fp16 a prompt's gradient runs in fp32
-        block = common.text_tower(held.model).transformer.resblocks[0]
-        assert block.attn.in_proj_weight.dtype == block.mlp.c_fc.weight.dtype == torch.bfloat16
 
 
 def test_what_is_tuned_starts_from_the_weights_as_they_are(toyclip):

@@ -1,6 +1,7 @@
 """Runs of the three scripts: settings, folders, resume after a kill, evaluation, refusals."""
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ from conftest import (
     CACHE,
     QUICK,
     REPO,
+    SCRIPTS,
     checkpoint,
     each_script,
     interrupted,
@@ -67,6 +69,18 @@ def same(one, other) -> None:
         assert Path(one, file).read_bytes() == Path(other, file).read_bytes(), file
     arrays, others = (np.load(f"{folder}/predictions.npz") for folder in (one, other))
     assert all(np.array_equal(arrays[key], others[key]) for key in arrays.files)
+
+
+def ends(status: int, script, *flags) -> str:
+    """A run ends with this exit status, and with one line on stderr → the line."""
+    with (
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as stopped,
+    ):
+        data.run(lambda: run(script, *flags))
+    line = err.getvalue()
+    assert stopped.value.code == status and line.count("\n") == 1, line
+    return line
 
 
 # What a run writes and prints ---------------------------------------------------------------------
@@ -174,7 +188,7 @@ def test_stopped_between_epochs(script, saved, trained):
 
 
 @each_script
-def test_numbers_that_are_not_finite(script, capsys):
+def test_numbers_that_are_not_finite(script):
     """The last good checkpoint stays, exit status 1, one line; and the run goes on from there."""
     optimizer = torch.optim.AdamW if script is proreg else torch.optim.SGD
     steps = itertools.count(1)
@@ -184,31 +198,24 @@ def test_numbers_that_are_not_finite(script, capsys):
             self.param_groups[0]["params"][0].data.fill_(math.nan)
         return kept(self, *args)
 
-    flags = [*SHORT[script], "--out-dir", "bad", "--no-compare"]
-    with mock.patch.object(optimizer, "step", poison), pytest.raises(SystemExit) as stopped:
-        data.run(lambda: run(script, *flags))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 1
-    assert err.count("\n") == 1 and "not finite in epoch" in err and "--lr" in err
+    with mock.patch.object(optimizer, "step", poison):
+        line = ends(1, script, *SHORT[script], "--out-dir", "bad", "--no-compare")
+    assert "not finite in epoch" in line and "--lr" in line
     assert all(value.isfinite().all() for value in checkpoint("bad").values())
     assert not Path("bad/result.json").exists()
     assert run(script, "--resume", "bad")["tests"]
 
 
-def test_full_disk(monkeypatch, capsys):
-    kept = Path.write_bytes
-
-    def full(path, content):
+def test_full_disk():
+    def full(path, content, kept=Path.write_bytes):
         if "checkpoint" in path.name:
             kept(path, content[:10])
             raise OSError(28, "No space left on device")
         return kept(path, content)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(SystemExit) as stopped:
-        data.run(lambda: run(prograd, *QUICK, "--out-dir", "full"))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 1 and "checkpoint.safetensors: No space left" in err
+    with mock.patch.object(Path, "write_bytes", full):
+        line = ends(1, prograd, *QUICK, "--out-dir", "full")
+    assert "checkpoint.safetensors: No space left" in line
     assert not list(Path("full").glob("*checkpoint*"))
 
 
@@ -368,13 +375,10 @@ def test_images_that_were_trained_on_are_noted(tmp_path):
         *[(f"prograd {flag}", "--help") for flag in ("--no-such", "--eval-only", "--lr x")],
     ],
 )
-def test_bad_flags_are_one_line(command, text, capsys):
+def test_bad_flags_are_one_line(command, text):
     Path("afile").write_text("")
     name, *flags = command.split()
-    with pytest.raises(SystemExit) as stopped:
-        data.run(lambda: run(sys.modules[name], *flags))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and text in err and err.count("\n") == 1, err
+    assert text in ends(2, SCRIPTS[name], *flags)
 
 
 def test_broken_image_is_named(tmp_path):
