@@ -118,11 +118,6 @@ def test_edges():
     project = PASTED[prograd].project_gradient
     assert torch.equal(project(g, zero), g) and torch.equal(project(zero, g), zero)
     assert project(-3 * g, g).norm() < 1e-14 * g.norm()
-    # T²: the gradient keeps its size when a large T is doubled.
-    loss = PASTED[prograd].distillation_loss
-    x, z = randn(6, 4).requires_grad_(), randn(6, 4, seed=9)
-    a, b = (torch.autograd.grad(loss(x, z, T), x)[0].norm() for T in (500.0, 1000.0))
-    assert abs(a / b - 1) < 0.01
     # Saturated probabilities in float32: every combination of sure, right and wrong.
     sure = 1e4 * torch.eye(2)
     x, z = sure[[0, 0, 1, 1]].requires_grad_(), sure[[0, 1, 0, 1]]
