@@ -296,6 +296,7 @@ def join_processes(args: argparse.Namespace) -> None:
     if args.device != "cpu":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
+    print(f"waiting for {os.environ['WORLD_SIZE']} processes, {PATIENCE} at most", file=sys.stderr)
     try:
         store, number, n = next(dist.rendezvous("env://", timeout=PATIENCE))
     except (ValueError, RuntimeError) as error:
