@@ -47,9 +47,7 @@ import data
 from data import UserError, progress, read_json, read_run, require, run, tell, write  # noqa: F401
 
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
-VERSIONS = {
-    name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
-}
+VERSIONS = {p: version(p) for p in "torch torchvision open_clip_torch numpy pillow timm".split()}
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
 LOCKS = []  # of run folders; the system frees them when this process ends, however it ends
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,10 +100,8 @@ def load_clip(
     model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0, tuned=False
 ) -> Clip:
     """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
-
     tuned: the image encoder is to be fine-tuned, so that its fp32 weights are kept as `start`.
-    UserError for what is unknown, cannot be read, or has not CLIP's kind of text tower.
-    """
+    UserError for what is unknown or cannot be read."""
     # Of hf-hub: and local-dir: open_clip takes configuration, weights and tokenizer together.
     name = model if ":" in model else model.replace("/", "-")
     source = pretrained or (str(TOYCLIP / "weights.safetensors") if name == "toyclip" else "")
@@ -438,8 +434,8 @@ def feature_key(clip: Clip, items: list[data.Item], transform, args, view: int) 
     code = [ast.unparse(ast.parse(inspect.getsource(part))) for part in FEATURE_CODE]  # no comments
     files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are no files
     states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
-    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, version("timm"),
-             code, [path for path, _ in items], states, repr(transform),
+    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, code,
+             [path for path, _ in items], states, repr(transform),
              # The test transform draws nothing.
              transform is not clip.preprocess and [args.seed, view]]  # fmt: skip
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
@@ -593,12 +589,10 @@ def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> da
     """A method's own flags, then those of all scripts; the help of each ends with its defaults. WHY
     argparse is given none of them: settle must tell what was typed from what was not."""
     parser = data.Parser(
-        description=doc.split("\n\n")[0],
-        usage="%(prog)s [flags]",
+        description=doc.split("\n\n")[0], usage="%(prog)s [flags]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=110),
-        allow_abbrev=False,
-    )
+    )  # fmt: skip
     kinds = [DEFAULTS | defaults({"dataset": name}) for name in ("toy_", "dtd")]
     for name, flags in {method: own_flags, "data": data.FLAGS, **FLAGS}.items():
         group = parser.add_argument_group(name)
@@ -684,10 +678,7 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     for key in () if args.eval else ("classnames", "train", "tests"):
         other = sorted({*old[key]} ^ {*config[key]})[:1]
         require(old[key] == config[key], f"{earlier} began with other {key} {other}: restore it")
-    require(
-        not args.eval or Path(args.eval, "result.json").exists(),
-        f"{args.eval} has not finished training: --resume it",
-    )
+    require(not args.eval or Path(args.eval, "result.json").exists(), f"first --resume {args.eval}")
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
@@ -803,11 +794,9 @@ def write_result(
     out: Path, name: str, args, clip: Clip, task: data.Task, encoded: list[EncodedTest],
     found: list[dict], start: float, baseline: dict | None = None,
 ) -> dict:  # fmt: skip
-    """predictions.npz and result.json → the result.
-
-    name: the method's. found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and
-    "arrays" of [N], where there are any. `baseline` is the result of the plain method's run.
-    """
+    """predictions.npz and result.json → the result. name: the method's. found[i] is about test set
+    i: "tuned" logits [N, C]; "extra" measures and "arrays" of [N], where there are any. `baseline`
+    is the result of the plain method's run."""
     tests, arrays = [], {}
     for i, (test, frozen, row) in enumerate(zip(task.tests, encoded, found, strict=True)):
         tests.append({

@@ -175,28 +175,25 @@ SOURCES = {
     "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images",
                           "torchvision.OxfordIIITPet", "a photo of a {}, a type of pet.",
                           "a type of pet, a photo of a {}.", "OxfordPets"),
-    "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test with "
-                            "5-digit file names, see github.com/pytorch/vision/issues/7545, or "
-                            f"the copy at {COPY}",
+    "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test, see "
+                            f"github.com/pytorch/vision/issues/7545, or the copy at {COPY}",
                             split="StanfordCars"),
     "oxford_flowers": Source("oxford_flowers/jpg flowers-102/jpg",
                              "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
                              "a photo of a {}, a type of flower.",
                              "a type of flower, a photo of a {}.", "OxfordFlowers"),
-    "food101": Source("food-101/images", "torchvision.Food101",
-                      "a photo of {}, a type of food.", "a type of food, a photo of {}.",
-                      "Food101"),
+    "food101": Source("food-101/images", "torchvision.Food101", "a photo of {}, a type of food.",
+                      "a type of food, a photo of {}.", "Food101"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
                             "torchvision.FGVCAircraft", "a photo of a {}, a type of aircraft.",
                             "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
-    "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, so that "
-                     f"SUN397/a/abbey/*.jpg is there, or the copy at {COPY}",
-                     split="SUN397"),
-    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD",
-                  "{} texture.", "a texture of {}.", "DescribableTextures"),
-    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT",
-                      "a centered satellite photo of {}.", split="EuroSAT"),
+    "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, for SUN397/a/*, or "
+                     f"the copy at {COPY}", split="SUN397"),
+    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD", "{} texture.",
+                  "a texture of {}.", "DescribableTextures"),
+    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT", "a centered satellite photo of {}.",
+                      split="EuroSAT"),
     "ucf101": Source("ucf101/UCF-101-midframes", "UCF-101-midframes.zip, see CoOp's DATASETS.md",
                      "a photo of a person doing {}.", split="UCF101"),
     # ImageNet's variants, for testing only
@@ -256,8 +253,7 @@ class Found:
 
 def read(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
     """Dataset `name`; of `args` where to look, and for --dataset which domains are what. trained:
-    names and places of what is trained on, if that is known; of others nothing has to be held
-    out."""
+    names and places of what is trained on, if known; of others nothing has to be held out."""
     found = locate(name, args)
     found.whole = trained is not None and trained.isdisjoint({name, place(name, found.root)})
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
@@ -314,7 +310,10 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
     root = next(filter(os.path.isdir, places), "")
-    require(root, f"{name}: {' or '.join(places)} is no folder: get {source.get}")
+    require(
+        root,
+        f"{name}: no folder {' or '.join(places)}: get {source.get}; torchvision's: --download",
+    )
     return Found(name, source, root)
 
 
@@ -363,9 +362,7 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
             require(names[label] == name, f"{where}: this label is {names[label]!r} before")
             rows.append((address_of(found, path, where), label, part, ""))
     labels = sorted(names)
-    require(
-        labels == [*range(len(labels))], f"{file}: labels must be 0, 1, 2, .., not {labels[:9]}"
-    )
+    require(labels == [*range(len(labels))], f"{file}: labels must be 0, 1, .., not {labels[:9]}")
     return rows, {label: names[label] for label in labels}
 
 
@@ -722,9 +719,7 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
     what that run was trained on."""
-    require(
-        (args.template or "{}").count("{}") == 1, f"{args.template!r} needs one {{}}, for the name"
-    )
+    require((args.template or "{}").count("{}") == 1, f"--template needs one {{}}, for the class")
     run = read_run(args.eval) if args.eval else {"settings": vars(args)}
     name = run["settings"]["dataset"]
     trained = {name, place(name, run["root"])} if args.eval else {name}

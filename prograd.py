@@ -330,9 +330,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds."""
     args = common.settle(build_parser(), argv, "prograd", defaults)
     new = args.csc and (args.classes == "base" or args.test_on)
-    require(
-        not new, "--csc has no context for classes outside training: no --classes base or --test-on"
-    )
+    require(not new, "--csc has no context for other classes: no --classes base, no --test-on")
     task = data.load_task(args)
     if args.csc and args.eval:
         same = common.read_run(args.eval)["classnames"] == task.classnames

@@ -528,6 +528,7 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
 def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data, or each other."""
     require(args.loss != "kd" or args.alpha <= 1, "--alpha of --loss kd is a share: 1 at most")
+    require(args.eval or world_size() <= min(args.batch_size, len(task.train)), "too small batches")
     if not args.eval and (args.select == "val" or args.eval_every):
         task.validation()  # or UserError: there is none
     batches = range(0, len(task.train), args.batch_size)[: args.max_steps or None]  # their starts
