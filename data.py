@@ -719,7 +719,7 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
     what that run was trained on."""
-    require((args.template or "{}").count("{}") == 1, f"--template needs one {{}}, for the class")
+    require((args.template or "{}").count("{}") == 1, "--template needs one {}, for the class")
     run = read_run(args.eval) if args.eval else {"settings": vars(args)}
     name = run["settings"]["dataset"]
     trained = {name, place(name, run["root"])} if args.eval else {name}
