@@ -3,8 +3,7 @@
     python tools/page.py RUN [FILE.html]      # RUN/page.html, unless another file is named
 
 The page holds its plots and thumbnails itself: no script, and nothing is loaded from elsewhere.
-Images are found again by the run's settings; where they have moved, the page is made without them
-and says so. matplotlib draws the plots; page.html is its frame.
+Where the run's images have moved, it is made without them. page.html is its frame.
 """
 
 import argparse
@@ -33,10 +32,8 @@ def esc(text: object) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    lines = ""
-    for row in rows:
-        lines += "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n"
-    return f"<div class='wide'><table>\n{lines}</table></div>\n"
+    lines = [f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in rows]
+    return f"<div class='wide'><table>\n{''.join(lines)}</table></div>\n"
 
 
 def figure(content: bytes, kind: str, title: str, text: str = "") -> str:
@@ -47,54 +44,41 @@ def figure(content: bytes, kind: str, title: str, text: str = "") -> str:
 
 def plot(title: str, x_title: str, lines: dict) -> str:
     """lines: {what the legend calls it: (x values, y values)}"""
-    import matplotlib.style
     from matplotlib.figure import Figure
 
-    own = {"svg.fonttype": "none", "text.parse_math": False}  # a name may have dollar signs
-    with matplotlib.style.context(["tableau-colorblind10", own]):
-        drawing = Figure((3.4, 2.6), layout="constrained")
-        axes = drawing.subplots()
-        for label, (x, y) in lines.items():
-            axes.plot(x, y, ".-", markersize=3, label=label)
-        axes.set(title=title, xlabel=x_title)
-        axes.legend()
-        buffer = io.BytesIO()
-        drawing.savefig(buffer, format="svg")
-    return figure(buffer.getvalue(), "svg+xml", title)
+    drawing = Figure((3.4, 2.6), layout="constrained")
+    axes = drawing.subplots()
+    for label, (x, y) in lines.items():
+        axes.plot(x, y, ".-", markersize=3, label=label)
+    axes.set(title=title, xlabel=x_title)
+    axes.legend()
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="svg")
+    return figure(buffer.getvalue(), "svg+xml", f"{title}, {x_title}")
 
 
 # 2. READING ---------------------------------------------------------------------------------------
-class Column:
-    """What zero-shot CLIP, the baseline or the tuned one says of the N images of test set i."""
-
-    def __init__(self, title: str, run: Path, key: str, i: int):
-        kept = np.load(run / "predictions.npz")
-        self.title = title
-        self.predicted = kept[f"{i}/{key}_predicted"]  # labels [N]
-        self.confidence = kept[f"{i}/{key}_confidence"]
-        self.right = self.predicted == kept[f"{i}/labels"]
-
-
 class Part:
-    """Test set i of a run: N images, C classes, and what each column says of them."""
+    """Test set i of a run: N images, C classes. Of each column (zero-shot CLIP, the run, its
+    baseline if there is one) what it says of every image."""
 
     def __init__(self, folder: Path, result: dict, i: int, found: dict[str, list[data.Item]]):
         test = result["tests"][i]
         self.title = esc(" ".join([test["dataset"], test["domain"], test["classes"]]))
         self.items = found.get(test["images"], [])
         own = np.load(folder / "predictions.npz")
+        kept = [(own, "zero_shot"), (own, "tuned")]
+        self.titles = ["zero-shot", html.escape(result["name"])]
+        if test["baseline"]:
+            kept.append((np.load(folder / "baseline/predictions.npz"), "tuned"))
+            self.titles.append(html.escape(result["baseline_name"]))
         self.labels = own[f"{i}/labels"]  # [N]
         self.names = [esc(name.replace("_", " ")) for name in own[f"{i}/classnames"]]  # [C], HTML
-        self.zero_shot = Column("zero-shot", folder, "zero_shot", i)
-        self.tuned = Column(result["name"], folder, "tuned", i)
-        self.columns = [self.zero_shot, self.tuned]
-        if test["baseline"]:
-            plain = Column(result["baseline_name"], folder / "baseline", "tuned", i)
-            self.columns.insert(1, plain)
-        self.sureness = {"confidence": self.tuned.confidence}
-        for key in ("entropy", "mutual_information"):  # VPT's
-            if f"{i}/{key}" in own:
-                self.sureness[f"{key.replace('_', ' ')}, nats"] = own[f"{i}/{key}"]
+        self.predicted = [file[f"{i}/{column}_predicted"] for file, column in kept]
+        self.confidence = [file[f"{i}/{column}_confidence"] for file, column in kept]
+        self.right = [predicted == self.labels for predicted in self.predicted]
+        kinds = ("entropy", "mutual_information")  # VPT's
+        self.sureness = {kind: own[f"{i}/{kind}"] for kind in kinds if f"{i}/{kind}" in own}
 
 
 def find_images(result: dict) -> tuple[dict[str, list[data.Item]], str]:
@@ -110,37 +94,34 @@ def find_images(result: dict) -> tuple[dict[str, list[data.Item]], str]:
 # 3. SECTIONS: each shows one test set -------------------------------------------------------------
 def classes(part: Part) -> str:
     """Each class's accuracy, sorted by the change, and the pairs most often confused."""
-    titles = [esc(column.title) for column in part.columns]
     rows = []
     for k, name in enumerate(part.names):
         images = part.labels == k
         if images.any():
-            shares = [100 * column.right[images].mean() for column in part.columns]
+            shares = [100 * right[images].mean() for right in part.right]
             numbers = [f"{share:.1f}" for share in shares]
-            rows.append([name, f"{images.sum():,}", *numbers, f"{shares[-1] - shares[0]:+.1f}"])
+            rows.append([name, str(images.sum()), *numbers, f"{shares[1] - shares[0]:+.1f}"])
     rows.sort(key=lambda cells: float(cells[-1]), reverse=True)
-    text = table([["class", "images", *titles, "change"], *rows])
+    text = table([["class", "images", *part.titles, "change"], *rows])
     counts = []  # of each column {(true label, predicted label): number of images}
-    for column in part.columns:
-        wrong = ~column.right
-        counts.append(Counter(zip(part.labels[wrong], column.predicted[wrong])))
-    rows = [["true class", "taken for", *titles]]
-    for pair, _ in (counts[0] + counts[-1]).most_common(10):
-        rows.append([*(part.names[k] for k in pair), *(f"{count[pair]:,}" for count in counts)])
+    for predicted, right in zip(part.predicted, part.right):
+        counts.append(Counter(zip(part.labels[~right], predicted[~right])))
+    rows = [["true class", "taken for", *part.titles]]
+    for pair, _ in (counts[0] + counts[1]).most_common(10):
+        rows.append([part.names[k] for k in pair] + [str(count[pair]) for count in counts])
     return f"{text}<h4>Most often confused, number of images</h4>{table(rows)}"
 
 
 def images(part: Part) -> str:
     """A dozen each of those that tuning mended and broke, and of its mistakes, the surest first."""
-    before = part.zero_shot.right
-    after = part.tuned.right
+    before, after, *_ = part.right
     kinds = {"mended": ~before & after, "broken": before & ~after, "mistakes": ~after}
-    order = np.argsort(-part.tuned.confidence, kind="stable")
+    order = np.argsort(-part.confidence[1], kind="stable")
     text = ""
     for title, chosen in kinds.items():
         shown = order[chosen[order]][:12] if part.items else []
         cards = "".join(card(part, n) for n in shown)
-        text += f"<h4>{chosen.sum():,} {title}</h4><div class='cards'>{cards}</div>\n"
+        text += f"<h4>{chosen.sum()} {title}</h4><div class='cards'>{cards}</div>\n"
     return text
 
 
@@ -153,76 +134,63 @@ def card(part: Part, n: int) -> str:
         image.thumbnail((160, 160))
         image.save(buffer, "jpeg")
     text = f"<p><b>{part.names[label]}</b></p>"
-    for column in (part.zero_shot, part.tuned):
-        mark = "✓" if column.right[n] else "✗"
-        guess = f"{100 * column.confidence[n]:.0f} % {part.names[column.predicted[n]]}"
-        text += f"<p>{esc(column.title)} {mark} {guess}</p>"
+    for column in (0, 1):
+        mark = "✓" if part.right[column][n] else "✗"
+        p = f"{100 * part.confidence[column][n]:.0f} %"
+        guess = part.names[part.predicted[column][n]]
+        text += f"<p>{part.titles[column]} {mark} {p} {guess}</p>"
     return figure(buffer.getvalue(), "jpeg", address, text)
 
 
 def sureness(part: Part) -> str:
-    """How sure the tuned one is where it is right, and where it is wrong."""
+    """How sure the run is where it is right, and where it is wrong."""
     text = ""
-    for kind, values in part.sureness.items():
+    for kind, values in {"confidence": part.confidence[1], **part.sureness}.items():
         lines = {}
-        for word, chosen in {"right": part.tuned.right, "wrong": ~part.tuned.right}.items():
+        for word, chosen in {"right": part.right[1], "wrong": ~part.right[1]}.items():
             count, edges = np.histogram(values[chosen], 25, (0, values.max()))
             lines[word] = ((edges[1:] + edges[:-1]) / 2, count)
-        text += plot(f"{part.tuned.title}: number of images", kind, lines)
+        text += plot("number of images", kind.replace("_", " "), lines)
     return f"<div class='plots'>{text}</div>\n"
 
 
-def training(run: Path, result: dict) -> str:
-    """The curves of metrics.jsonl, of a run and of its baseline."""
-    epochs = {result["name"]: common.read_metrics(run)}
-    epochs[result["baseline_name"]] = common.read_metrics(run / "baseline")
+def training(result: dict) -> str:
+    """The curves of metrics.jsonl."""
+    run = Path(result["training"]["run"])
+    epochs = common.read_metrics(run)
     text = ""
-    for kind in dict.fromkeys(kind for line in epochs[result["name"]] for kind in line):
-        lines = {}
-        for title, read in epochs.items():
-            points = [(line["epoch"] + 1, line[kind]) for line in read if kind in line]
-            if points:
-                lines[title] = zip(*points)
-        text += plot(kind.replace("_", " "), "epoch", lines)
-    return f"<div class='plots'>{text or f'{esc(run)} has no metrics.jsonl.'}</div>\n"
+    for kind in dict.fromkeys(kind for line in epochs for kind in line if kind != "epoch"):
+        points = [(line["epoch"] + 1, line[kind]) for line in epochs if kind in line]
+        text += plot(kind.replace("_", " "), "epochs", {result["name"]: zip(*points)})
+    return f"<div class='plots'>{text or f'There is no {esc(run)}/metrics.jsonl.'}</div>\n"
 
 
 # 4. THE PAGE --------------------------------------------------------------------------------------
-def origin(folder: Path, config: dict, result: dict) -> str:
+def origin(folder: Path, result: dict) -> str:
     """Where the figures came from."""
-    s = result["settings"]
-    of = result["training"]
-    told = {
-        "run": folder.absolute(),
-        "trained in": of["run"],
-        "training images": f"{len(config['train']):,} of {of['dataset']}, {of['split']}",
-        "shots, seed, epochs": f"{of['shots']}, {of['seed']}, {s['epochs']:,}",
-        "model": f"{s['model']} {s['pretrained'] or ''} {s['precision']} on {s['device']}",
-        "CLIP": result["clip"],
-        "classes": f"{len(config['classnames']):,}, “{config['template']}”",
-        "test images": ", ".join(test["images"] for test in result["tests"]),
-        "versions": ", ".join(map(" ".join, result["versions"].items())),
-    }
+    told = {"run": folder.absolute(), "CLIP": result["clip"]}
+    told["test images"] = ", ".join(test["images"] for test in result["tests"])
+    for kind in ("training", "settings", "versions"):
+        told[kind] = ", ".join(f"{key} {value}" for key, value in result[kind].items())
     return table([[key, esc(value)] for key, value in told.items()])
 
 
 def page(folder: Path) -> str:
-    config = common.read_run(folder)
-    require((folder / "result.json").exists(), f"{folder} has not finished: no result.json")
-    result = data.read_json(folder / "result.json")
+    path = folder / "result.json"
+    require(path.exists(), f"{folder} is no finished run: there is no {path}")
+    result = data.read_json(path)
     found, why = find_images(result)
     parts = [Part(folder, result, i, found) for i in range(len(result["tests"]))]
-    report = io.StringIO()
-    with contextlib.redirect_stdout(report):
+    with contextlib.redirect_stdout(io.StringIO()) as report:
         common.report(result, folder)
     measures, *_ = report.getvalue().rpartition("written to")
     fields = {
         "title": html.escape(f"{result['name']} on {result['settings']['dataset']}"),
         "measures": html.escape(measures),
         "notes": "".join(f"<li>{esc(note)}</li>" for note in result["notes"]),
-        "origin": origin(folder, config, result),
+        "origin": origin(folder, result),
         "missing": "" if all(p.items for p in parts) else f"Made without images: {esc(why)}.",
-        "training": training(Path(result["training"]["run"]), result),
+        "training": training(result),
     }
     for show in (classes, images, sureness):
         fields[show.__name__] = "".join(f"<h3>{part.title}</h3>\n{show(part)}" for part in parts)

@@ -19,16 +19,17 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
 import common
 import data
 from data import require
 
+TITLES = ("zero-shot", "tuned")
 BLOCK = 4096  # images whose features are held at once
 
 
@@ -52,9 +53,8 @@ class Run:
 
     @torch.no_grad()
     def blocks(self, classnames: list[str], items: list[data.Item]):
-        """Of a block of images after the other: the frozen encoder's unit features [n, D], those
-        that the run classifies (the same, or its own encoder's, unnormalised), zero-shot CLIP's
-        logits [n, C] and the run's. So memory does not grow with the number of images."""
+        """Of a block of n images after the other: unit features [n, D] of the frozen encoder and of
+        the run's (mostly the same), logits [n, C] of zero-shot CLIP and of the run."""
         classifier = common.zero_shot_classifier(self.clip, classnames, [self.template])
         for start in range(0, len(items), BLOCK):
             what = (items[start : start + BLOCK], self.clip.preprocess, self.settings)
@@ -65,7 +65,7 @@ class Run:
                 own = common.encode_images(clip, *what, cache=False)[0]
             named = (classnames, own, self.template)
             tuned = self.script.class_logits(self.learner, self.clip, *named)
-            yield x, own, self.clip.scale * x @ classifier.T, tuned
+            yield x, F.normalize(own, dim=-1), self.clip.scale * x @ classifier.T, tuned
 
 
 def find_script(method: str, named: str | None):
@@ -93,17 +93,14 @@ def find_images(paths: list[str]) -> list[str]:
     return images
 
 
-def called(name: str) -> str:
-    return name.replace("_", " ").lower()
-
-
 def predict(run: Run, args: argparse.Namespace) -> None:
     """Print the likeliest classes of each image, or write the first of them; then the scores."""
-    classnames = args.classes or run.classnames
+    classnames = [name.replace("_", " ") for name in args.classes or run.classnames]
+    lower = [name.lower() for name in classnames]
     if args.classes:
         fixed = getattr(run.settings, "csc", False) or getattr(run.settings, "head", "") == "mlp"
         require(not fixed, "--csc and --head mlp know their own classes: no --classes")
-        once = len({called(name) for name in classnames}) == len(classnames) > 1
+        once = len(set(lower)) == len(lower) > 1
         require(once, "--classes needs two names or more, each of them once")
     paths = find_images(args.paths)
     tops = []
@@ -111,36 +108,35 @@ def predict(run: Run, args: argparse.Namespace) -> None:
         both = torch.stack([zero_shot, tuned]).softmax(dim=-1)  # [2, n, C]
         tops.append(both.topk(min(args.top, len(classnames))))
     shares, best = (torch.cat(parts, dim=1).numpy(force=True) for parts in zip(*tops))  # [2, N, K]
-    names = np.array([name.replace("_", " ") for name in classnames])[best]
+    names = np.array(classnames)[best]
     if args.csv:
         head = "path zero_shot zero_shot_probability tuned tuned_probability".split()
         columns = [paths, names[0, :, 0], shares[0, :, 0], names[1, :, 0], shares[1, :, 0]]
         with open(args.csv, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([head, *zip(*columns)])
         print(f"written to {args.csv}: {len(paths)} images")
-    else:
-        for i, path in enumerate(paths):
-            print(path)
-            for title, name, share in zip(("zero-shot", "tuned"), names[:, i], shares[:, i]):
-                text = ", ".join(f"{n} {100 * p:.1f} %" for n, p in zip(name, share))
-                print(f"  {title:9}  {text}")
-    print_scores(paths, classnames, names[..., 0])
+    for i, path in enumerate([] if args.csv else paths):
+        print(path)
+        for title, name, share in zip(TITLES, names[:, i], shares[:, i]):
+            text = ", ".join(f"{n} {100 * p:.1f} %" for n, p in zip(name, share))
+            print(f"  {title:9}  {text}")
+    folders = [Path(path).parent.name.replace("_", " ").lower() for path in paths]
+    truth = np.array([dict(zip(lower, classnames)).get(folder, "") for folder in folders])
+    if any(truth):
+        print_scores(truth, names[..., 0])
 
 
-def print_scores(paths: list[str], classnames: list[str], names: np.ndarray) -> None:
-    """Of the images in folders called as classes. names [2, N]: what they are taken for."""
-    known = {called(name): name.replace("_", " ") for name in classnames}
-    truth = np.array([known.get(called(Path(path).parent.name), "") for path in paths])
-    inside = truth != ""
-    truth = truth[inside]
-    if len(truth):
-        print(f"in folders of {len(set(truth))} classes: {len(truth)} of {len(paths)} images")
-        for title, taken in zip(("zero-shot", "tuned"), names[:, inside]):
-            wrong = taken != truth
-            pairs = Counter(zip(truth[wrong], taken[wrong])).most_common(5)
-            text = ", ".join(f"{true} as {name} {n}" for (true, name), n in pairs) or "none"
-            share = 100 * (1 - wrong.mean())
-            print(f"  {title:9}  accuracy {share:.1f} %, most often confused: {text}")
+def print_scores(truth: np.ndarray, names: np.ndarray) -> None:
+    """Accuracy and confusions of the images in folders called as classes: truth [N], "" for others;
+    names [2, N], what they are taken for."""
+    known = truth != ""
+    truth = truth[known]
+    print(f"in folders of {len(set(truth))} classes: {len(truth)} of {len(known)} images")
+    for title, taken in zip(TITLES, names[:, known]):
+        right = taken == truth
+        pairs = Counter(zip(truth[~right], taken[~right])).most_common(5)
+        text = ", ".join(f"{true} as {name} {n}" for (true, name), n in pairs) or "none"
+        print(f"  {title:9}  accuracy {100 * right.mean():.1f} %, most often confused: {text}")
 
 
 @torch.no_grad()
@@ -163,51 +159,45 @@ def text_features(run: Run, classnames: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def export(run: Run, args: argparse.Namespace) -> None:
-    """Class weights, a tuned image encoder and a note on the CLIP, as safetensors, and classify.py;
-    with --features a test set's features as npz."""
+    """The class weights and the image encoder, and classify.py; or with --features: features."""
     one = len(args.paths) + bool(args.features) == 1
     require(one, "export needs a file to write: FILE.safetensors, or --features FILE.npz")
     if args.features:
         return export_features(run, args)
-    clip = run.clip
-    encoder = clip.model
-    scale = clip.scale
-    tensors = {"classifier": text_features(run, run.classnames)}
-    if hasattr(run.learner, "encode_image"):  # ProReg's, or of a script that follows it
-        encoder = run.learner
-        scale = encoder.logit_scale.exp().item()
-        tensors |= {f"visual/{key}": x for key, x in encoder.visual.state_dict().items()}
-    red = clip.preprocess(Image.new("RGB", (64, 64), "red"))[None].to(clip.device)
-    tensors["red"] = F.normalize(encoder.encode_image(red), dim=-1)  # tells it from other CLIPs
+    text = text_features(run, run.classnames)
+    # ProReg's own encoder, or that of a script that follows it.
+    encoder = run.learner if hasattr(run.learner, "encode_image") else run.clip.model
+    tensors = encoder.visual.state_dict() | {"classifier": encoder.logit_scale.exp() * text}
+    config = open_clip.get_model_config(run.clip.name)
+    model = {
+        "embed_dim": config["embed_dim"],
+        "vision_cfg": config["vision_cfg"]
+        | {"timm_model_pretrained": False, "output_tokens": False},
+        "quick_gelu": common.activation(run.clip.model) == "QuickGELU",
+    }
     note = {
-        "model": clip.name.removesuffix("-quickgelu"),
-        "activation": common.activation(clip.model),
-        "pretrained": "" if Path(clip.pretrained).is_file() else clip.pretrained,
-        "weights": Path(clip.pretrained).name,
-        "scale": repr(scale),
-        "preprocess": json.dumps(clip.model.visual.preprocess_cfg),
-        "classnames": json.dumps(run.classnames),
+        "model": json.dumps(model),
+        "preprocess": json.dumps(run.clip.model.visual.preprocess_cfg),
+        "classnames": json.dumps([name.replace("_", " ") for name in run.classnames]),
     }
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     path = Path(args.paths[0])
     data.write(path, safetensors.torch.save(tensors, note))
     program = path.with_name("classify.py")
-    if not program.exists():  # yours is not replaced
+    if not program.exists():  # one of yours is not replaced
         data.write(program, Path(__file__).with_name("classify.py").read_bytes())
-    print(f"written to {path}; try next: python {program} {path} IMAGE (see its head)")
+    print(f"written to {path}; try next: python {program} {path} IMAGE")
 
 
 def export_features(run: Run, args: argparse.Namespace) -> None:
-    """Of the run's first test set: features, labels, text features, predicted labels of both."""
+    """Of the run's first test set: features, labels, text features."""
     test = data.load_task(run.settings).tests[0]
-    x, own, zero_shot, tuned = map(torch.cat, zip(*run.blocks(test.classnames, test.items)))
+    x, own, *_ = map(torch.cat, zip(*run.blocks(test.classnames, test.items)))
     arrays = {
         "x": x,
-        "x_tuned": F.normalize(own, dim=-1),
+        "x_tuned": own,
         "labels": torch.tensor([label for _, label in test.items]),
         "text_zero_shot": common.zero_shot_classifier(run.clip, test.classnames, [test.template]),
-        "predicted_zero_shot": zero_shot.argmax(dim=-1),
-        "predicted_tuned": tuned.argmax(dim=-1),
     }
     if getattr(run.learner, "kind", "global") == "global":  # else each image has its own
         arrays["text_tuned"] = text_features(run, test.classnames)
@@ -226,9 +216,9 @@ def words(run: Run, args: argparse.Namespace) -> None:
     seen = table.any(dim=1).nonzero()[:, 0]  # toyclip knows few words
     for i, vector in enumerate(run.learner.context.flatten(0, -2)):
         distance = (table[seen] - vector).norm(dim=-1)
-        near = distance.topk(min(args.top, len(seen)), largest=False)
-        texts = [run.clip.tokenizer.decode([i]).strip() for i in seen[near.indices].tolist()]
-        pairs = [f"{text} {d:.2f}" for text, d in zip(texts, near.values.tolist())]
+        near = distance.argsort()[: args.top]
+        texts = [run.clip.tokenizer.decode([token]).strip() for token in seen[near].tolist()]
+        pairs = [f"{text} {d:.2f}" for text, d in zip(texts, distance[near])]
         empty = vector.norm() < distance.min()  # zero is nearer than any token
         nearest = "zero" if empty else ", ".join(pairs)
         print(f"{i:3}  length {vector.norm():.2f}  nearest: {nearest}")
