@@ -49,7 +49,7 @@ def plot(title: str, x_title: str, lines: dict) -> str:
     drawing = Figure((3.4, 2.6), layout="constrained")
     axes = drawing.subplots()
     for label, (x, y) in lines.items():
-        axes.plot(x, y, ".-", markersize=3, label=label)
+        axes.plot(x, y, ".-", markersize=3, linewidth=1, label=label)
     axes.set(title=title, xlabel=x_title)
     axes.legend()
     buffer = io.BytesIO()
@@ -78,7 +78,7 @@ class Part:
         self.confidence = [file[f"{i}/{column}_confidence"] for file, column in kept]
         self.right = [predicted == self.labels for predicted in self.predicted]
         kinds = ("entropy", "mutual_information")  # VPT's
-        self.sureness = {kind: own[f"{i}/{kind}"] for kind in kinds if f"{i}/{kind}" in own}
+        self.uncertainty = {kind: own[f"{i}/{kind}"] for kind in kinds if f"{i}/{kind}" in own}
 
 
 def find_images(result: dict) -> tuple[dict[str, list[data.Item]], str]:
@@ -145,7 +145,7 @@ def card(part: Part, n: int) -> str:
 def sureness(part: Part) -> str:
     """How sure the run is where it is right, and where it is wrong."""
     text = ""
-    for kind, values in {"confidence": part.confidence[1], **part.sureness}.items():
+    for kind, values in {"confidence": part.confidence[1], **part.uncertainty}.items():
         lines = {}
         for word, chosen in {"right": part.right[1], "wrong": ~part.right[1]}.items():
             count, edges = np.histogram(values[chosen], 25, (0, values.max()))
@@ -187,7 +187,7 @@ def page(folder: Path) -> str:
     fields = {
         "title": html.escape(f"{result['name']} on {result['settings']['dataset']}"),
         "measures": html.escape(measures),
-        "notes": "".join(f"<li>{esc(note)}</li>" for note in result["notes"]),
+        "notes": "".join(f"<li>{esc(note)}</li>" for note in result["notes"]) or "<li>none</li>",
         "origin": origin(folder, result),
         "missing": "" if all(p.items for p in parts) else f"Made without images: {esc(why)}.",
         "training": training(result),

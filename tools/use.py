@@ -107,7 +107,7 @@ def predict(run: Run, args: argparse.Namespace) -> None:
     for *_, zero_shot, tuned in run.blocks(classnames, [(path, 0) for path in paths]):
         both = torch.stack([zero_shot, tuned]).softmax(dim=-1)  # [2, n, C]
         tops.append(both.topk(min(args.top, len(classnames))))
-    shares, best = (torch.cat(parts, dim=1).numpy(force=True) for parts in zip(*tops))  # [2, N, K]
+    shares, best = (torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*tops))  # [2, N, K]
     names = np.array(classnames)[best]
     if args.csv:
         head = "path zero_shot zero_shot_probability tuned tuned_probability".split()
@@ -201,7 +201,7 @@ def export_features(run: Run, args: argparse.Namespace) -> None:
     }
     if getattr(run.learner, "kind", "global") == "global":  # else each image has its own
         arrays["text_tuned"] = text_features(run, test.classnames)
-    arrays = {key: value.numpy(force=True) for key, value in arrays.items()}
+    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     arrays["classnames"] = np.array(test.classnames)
     with open(args.features, "wb") as file:
         np.savez_compressed(file, **arrays)
