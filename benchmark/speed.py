@@ -4,20 +4,18 @@ counted.
 
     python benchmark/speed.py                   # a CPU, ViT-B/16 with random weights: some minutes
     python benchmark/speed.py --quick           # small sizes, to see that it runs
-    python benchmark/speed.py --device cuda     # events, peak memory, share of the time it is busy
+    python benchmark/speed.py --device cuda     # peak memory, share of the time it is busy
 
-Ratios are of one run on one machine. Kernels are counted by operators that start one, on the CPU.
+Ratios are of one run on one machine. Kernels are counted as torch's operators that compute.
 """
 
 import argparse
-import dataclasses
+import itertools
 import json
-import os
-import platform
-import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +23,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
 import common
@@ -33,24 +32,26 @@ import prograd
 import proreg
 import vpt
 
-# Views, what only calls other operators, and copies of the host's.
-FREE = """view reshape transpose permute expand slice as_strided unsqueeze squeeze split
-split_with_sizes unbind select t detach empty empty_like empty_strided alias _unsafe_view unflatten
-flatten linear matmul softmax narrow chunk tensor_split layer_norm to contiguous clone _to_copy
-lift_fresh detach_ zeros ones full zeros_like ones_like new_zeros view_as item is_nonzero expand_as
-unsafe_split cross_entropy_loss log_softmax scaled_dot_product_attention new_empty_strided
-broadcast_to index new_empty result_type _reshape_alias resolve_conj resolve_neg numpy_T
-lift_fresh_copy resize_ cosine_similarity dropout gelu_ conv2d convolution _convolution"""
-FREE = {f"aten::{name}" for name in FREE.split()}
+CPU = "lscpu | grep -oE 'Model name.*|amx_bf16|avx512_bf16' | sort -u"  # what multiplies bf16
+GPU = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that compute: all but views, and memory that is only taken."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        self.count += not (operator.is_view or "empty" in name or name == "_unsafe_view")
+        return operator(*args, **(kwargs or {}))
 
 
 def count_kernels(step) -> int:
-    """Kernels that one call of step() starts, after one call to warm up."""
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    """Kernels that one call of step() starts."""
+    with Kernels() as kernels:
         step()
-    names = [event.name for event in record.events() if event.name.startswith("aten::")]
-    return sum(name not in FREE for name in names)
+    return kernels.count
 
 
 def make_clip(args: argparse.Namespace) -> common.Clip:
@@ -89,7 +90,7 @@ def encode(clip: common.Clip, images: torch.Tensor) -> torch.Tensor:
         return F.normalize(clip.model.encode_image(images).float(), dim=-1)
 
 
-def prograd_steps(clip: common.Clip, names: list[str], args, kind: str = "step") -> dict:
+def prograd_steps(clip: common.Clip, names: list[str], kind: str = "step") -> dict:
     """One ProGrad step of B = 32 images, M = 16: forward, both gradients, projection. "fresh" views
     are encoded first, by the released code in its learner and in its teacher. "evaluation" is of
     many images by a trained prompt, which the released code encodes for every 100 of them."""
@@ -120,7 +121,7 @@ def prograd_steps(clip: common.Clip, names: list[str], args, kind: str = "step")
     return {"plain": theirs, "ours": lambda: work(sizes[1])}
 
 
-def vpt_steps(clip: common.Clip, names: list[str], args, kind: str = "global") -> dict:
+def vpt_steps(clip: common.Clip, names: list[str], kind: str = "global") -> dict:
     """One VPT step of one image, L = 10, M = 4: forward and backward."""
     torch.manual_seed(1)
     L, D = 10, clip.embed_dim
@@ -139,11 +140,11 @@ def vpt_steps(clip: common.Clip, names: list[str], args, kind: str = "global") -
     return {"plain": papers_way(ours, clip, names, 4), "ours": ours}
 
 
-def proreg_steps(clip: common.Clip, names: list[str], args) -> dict:
+def proreg_steps(clip: common.Clip, names: list[str]) -> dict:
     """One ProReg step of a batch: the teacher and the student see the same images. Ours is the
     papers' way here, but that the teacher's images are encoded once (--augment none)."""
     torch.manual_seed(1)
-    B = 8 if args.device == "cpu" else 64
+    B = 8 if clip.device == "cpu" else 64
     images = random_images(clip, B)
     labels = torch.randint(0, len(names), (B,), device=clip.device)
     learner = proreg.PromptedClassifier(clip, names, "a photo of a {}.").eval()
@@ -164,17 +165,11 @@ def proreg_steps(clip: common.Clip, names: list[str], args) -> dict:
     return {"plain": lambda: step(see), "ours": lambda: step(lambda images, index: table)}
 
 
-def seconds(step, device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
+def now(device: str) -> float:
+    """The time, when the device has done all that was asked of it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
@@ -192,7 +187,9 @@ def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
     row, times = {"case": title}, {name: [] for name in found}
     for _ in range(args.repeat):
         for name in found:
-            times[name].append(seconds(steps[name], args.device))
+            start = now(args.device)
+            steps[name]()
+            times[name].append(now(args.device) - start)
     for name in found:
         row[f"{name}_seconds"] = min(times[name])
         if args.device != "cpu":
@@ -210,18 +207,6 @@ def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
     return row
 
 
-def processor() -> str:
-    """This machine's processor, and whether it multiplies bf16 matrices in hardware (AMX)."""
-    about = Path("/proc/cpuinfo")  # of Linux
-    text = about.read_text(encoding="utf-8") if about.exists() else ""
-    name = re.search(r"model name\s*: (.*)", text)
-    kinds = [word for word in ("amx_bf16", "avx512_bf16") if word in text]
-    name = name.group(1) if name else platform.processor()
-    return (
-        f"{name}, {os.cpu_count()} cores, {' and '.join(kinds) or 'neither AMX nor AVX-512 bf16'}"
-    )
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -232,30 +217,31 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--only", default="", help="cases whose titles hold this text")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures")
     args = parser.parse_args(argv)
+    gpu = args.device != "cpu"
     imagenet = open_clip.IMAGENET_CLASSNAMES
     six = [f"ab cd {i % 10} {i // 10 % 10}" for i in range(100)]  # 4 words, ".", EOT: 6 tokens
-    gpu = args.device != "cpu"
     sizes, few = [10, 47, 100] + [397, 1000] * gpu, [50] + [500] * gpu
     if args.quick:
-        sizes, few = [10], [5]
+        sizes, few, six = [10], [5], six[::10]
     clip = make_clip(args)
-    prompt = [("names of ImageNet", imagenet[:C], "step") for C in sizes]
-    prompt += [("names of 6 tokens", six[:: 10 if args.quick else 1], "step")]
-    prompt += [("names, fresh views", imagenet[:C], "fresh") for C in sizes]
-    prompt += [("names, evaluation", imagenet[: few[0]], "evaluation")]
-    cases = [(f"ProGrad, {len(n)} {text}", prograd_steps, n, {"kind": k}) for text, n, k in prompt]
-    cases += [(f"VPT, {C} names, L = 10, {kind}", vpt_steps, imagenet[:C], {"kind": kind})
-              for C in few for kind in ("global", "image")]  # fmt: skip
-    cases += [("ProReg", proreg_steps, imagenet[: few[0]], {})]
-    print(f"{'':44} {'plain s':>9} {'ours s':>9} {'ratio':>7} kernels")
-    asked = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
-    device = subprocess.getoutput(asked) if gpu else processor()
-    print(device)
+    cases = {}
+    for C in sizes:
+        cases[f"ProGrad, {C} names of ImageNet"] = partial(prograd_steps, clip, imagenet[:C])
+    cases[f"ProGrad, {len(six)} names of 6 tokens"] = partial(prograd_steps, clip, six)
+    for C in sizes:
+        fresh = partial(prograd_steps, clip, imagenet[:C], "fresh")
+        cases[f"ProGrad, {C} names, fresh views"] = fresh
+    tested = partial(prograd_steps, clip, imagenet[: few[0]], "evaluation")
+    cases[f"ProGrad, {few[0]} names, evaluation"] = tested
+    for C, kind in itertools.product(few, ("global", "image")):
+        cases[f"VPT, {C} names, L = 10, {kind}"] = partial(vpt_steps, clip, imagenet[:C], kind)
+    cases["ProReg"] = partial(proreg_steps, clip, imagenet[: few[0]])
+    device = ", ".join(subprocess.getoutput(GPU if gpu else CPU).splitlines())
+    print(f"{device}\n{'':44} {'plain s':>9} {'ours s':>9} {'ratio':>7} kernels")
     about = {"device": device, "torch": torch.__version__, "precision": args.precision, "rows": []}
-    for title, make, names, more in cases:
+    for title, make in cases.items():
         if args.only in title:
-            steps = make(dataclasses.replace(clip), names, args, **more)
-            about["rows"].append(compare(title, steps, args))
+            about["rows"].append(compare(title, make(), args))
             if args.out:  # after each case, for a run may be cut off
                 data.write(Path(args.out), json.dumps(about, indent=1).encode())
     return about["rows"]
