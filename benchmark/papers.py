@@ -20,6 +20,7 @@ SAID = {"dataset", "shots", "classes", "test_on", "template", "model", "pretrain
         "method", "precision"} | table.FREE  # fmt: skip
 # CoOp is λ = 0 from a random start; ProGrad++ a ProGrad with many templates.
 OWN = {"CoOp": {"lam": 0.0, "init": "random"}, "ProGrad++": {"teacher": "ensemble"}}
+PLACE = ("method", "dataset", "test_on", "classes")
 UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
 
 
@@ -30,6 +31,7 @@ def read_papers() -> list[dict]:
     for row in rows:
         if row["method"] == "zero-shot" and row["test_on"]:
             row |= {"dataset": row["test_on"], "test_on": ""}
+        row["source"] += f" ({row['note']})" if row["note"] else ""
     return rows
 
 
@@ -49,20 +51,20 @@ def tests_of(row: table.Row, column: str) -> list[dict]:
     return table.columns_of(row.example)[table.SIDES[0] if column == "H of means" else column]
 
 
-def place(row: table.Row, column: str, kind: str) -> tuple:
-    """Where a figure of ours stands in papers.csv: (dataset, test_on, classes)."""
-    test = tests_of(row, column)[0]
+def place(row: table.Row, column: str, kind: str) -> list:
+    """Where a figure of ours stands in papers.csv: method, dataset, test_on, classes."""
+    method, test = method_of(row, kind), tests_of(row, column)[0]
     trained = row.example["training"]["dataset"]
     classes = "H" if column == "H of means" else test["classes"]
     if row.parts:
         eleven = {part.dataset for part in row.parts} == set(table.ELEVEN)
         own = column in ("all", "base", "new", "H of means")
-        return "mean of 11" if eleven else row.dataset, "" if own else column, classes
+        return [method, "mean of 11" if eleven else row.dataset, "" if own else column, classes]
     if column.startswith("mean of "):
-        return trained, column.removesuffix(" others"), classes
+        return [method, trained, column.removesuffix(" others"), classes]
     if kind == "zero_shot":  # what it is tested on is all that counts
-        return test["dataset"], "", classes
-    return trained, "" if test["dataset"] == trained else test["dataset"], classes
+        return [method, test["dataset"], "", classes]
+    return [method, trained, "" if test["dataset"] == trained else test["dataset"], classes]
 
 
 def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]:
@@ -97,43 +99,43 @@ def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]
     return {f"{what} {ours} (published: {its})": None for what, ours, its in pairs if ours != its}
 
 
+def compare(row: table.Row, column: str, kind: str, published: list[dict]) -> list[tuple]:
+    """Lines of the table: a figure of ours beside each published one, or beside what differs."""
+    here, where = statistics.mean(row.figures[column, kind].values()), place(row, column, kind)
+    settings = row.example["settings"]
+    # Zero-shot stands in many rows: without their labels its lines are the same.
+    of = f"{row.dataset}, {settings['model']}" if kind == "zero_shot" else row.label
+    ours = (of, f"{table.title_of(row, kind)}, {column}", f"{here:.2f}")
+    alike = [paper for paper in published if [paper[key] for key in PLACE] == where]
+    differ = [gaps(row, kind, column, paper) for paper in alike]
+    lines = []
+    for paper, gap in zip(alike, differ):
+        if not gap:
+            off = f"{here - float(paper['accuracy']):+.2f}"
+            lines.append((*ours, paper["accuracy"], off, paper["source"]))
+    if alike and not lines:
+        lines.append((*ours, f"none: {'; '.join(min(differ, key=len))}", "", ""))
+    return lines
+
+
 def beside(rows: list[table.Row]) -> list[str]:
-    """Our figures beside the published ones, as lines of text; then the sources."""
+    """Our figures beside the published ones, as lines of text."""
     published = read_papers()
-    lines, warnings = [["", "", "here", "published", "difference"]], []
-    sources, shown = {}, set()
-    columns = [(row, *column) for row in rows for column in row.figures]
-    for row, column, kind in columns:
-        if kind not in ("zero_shot", "baseline", "tuned") or column in ("H", *table.SIDES):
-            continue
-        here = statistics.mean(row.figures[column, kind].values())
-        where = place(row, column, kind)
-        zero_shot = (row.example["clip"], where, here) if kind == "zero_shot" else None
-        if zero_shot in shown:  # it stands in many rows
-            continue
-        shown |= {zero_shot} - {None}
-        method = method_of(row, kind)
-        at = ("method", "dataset", "test_on", "classes")
-        alike = [paper for paper in published if [paper[k] for k in at] == [method, *where]]
-        told = [(list(gaps(row, kind, column, paper)), paper) for paper in alike]
-        told.sort(key=lambda pair: len(pair[0]))
-        name = [row.label, f"{table.title_of(row, kind)}, {column}", f"{here:.2f}"]
-        same = [paper for gap, paper in told if not gap]
-        for paper in same:
-            mark = sources.setdefault((paper["source"], paper["note"]), len(sources) + 1)
-            off = here - float(paper["accuracy"])
-            lines.append([*name, f"{paper['accuracy']} [{mark}]", f"{off:+.2f}"])
-        if told and not same:
-            lines.append([*name, f"none: {'; '.join(told[0][0])}", ""])
-        off = [abs(here - float(paper["accuracy"])) for paper in same]
-        if kind == "zero_shot" and off and min(off) > 0.5:
-            settings, test = row.example["settings"], tests_of(row, column)[0]
-            warnings.append(
-                f"warning: {row.label}: zero-shot is {here:.2f}, published {same[0]['accuracy']}: "
-                f"other weights, template or test images? Here: {settings['model']} "
-                f"{settings['pretrained']}, fingerprint {row.example['clip'][:8]}; "
-                f"{test['template']!r}; {test['n']} images of {test['dataset']}"
-            )
-    marks = [f"[{i}] {source}{f' ({note})' * bool(note)}" for (source, note), i in sources.items()]
+    lines, warnings = [("", "", "here", "published", "difference", "source")], []
+    for row in rows:
+        for column, kind in row.figures:
+            if kind not in ("zero_shot", "baseline", "tuned") or column == "H":
+                continue
+            found = compare(row, column, kind, published)
+            lines += found
+            off = [abs(float(difference)) for *_, difference, _ in found if difference]
+            if kind == "zero_shot" and off and min(off) > 0.5:
+                test = tests_of(row, column)[0]
+                warnings.append(
+                    f"warning: zero-shot of {found[0][0]} is off by {min(off):.2f}: other weights, "
+                    f"template or test images? Here: {row.example['settings']['pretrained']}, "
+                    f"fingerprint {row.example['clip'][:8]}; {test['template']!r}; {test['n']} "
+                    f"images of {test['dataset']}"
+                )
     none = "Of what is not listed, papers.csv has no figure."
-    return [table.markdown(lines), none, "", *marks, *warnings]
+    return [table.markdown(list(dict.fromkeys(lines))), none, *dict.fromkeys(warnings)]

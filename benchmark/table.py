@@ -38,8 +38,7 @@ MEASURES = {  # its key in result.json, and what a table is headed
     "accuracy": ("accuracy", "accuracy, %"), "nll": ("nll", "NLL, nats"), "ece": ("ece", "ECE, %"),
     "class-mean": ("mean_class_accuracy", "mean of classes, %"), "H": ("accuracy", "H, %"),
 }  # fmt: skip
-H = ("H", "H of means")
-SIDES = ("in distribution", "the others' mean")  # that H is of; not shown
+SIDES = ("in distribution", "the others' mean")  # columns that H is of
 ELEVEN = ["imagenet", "fgvc_aircraft", *(k for k, source in data.SOURCES.items() if source.split)]
 
 
@@ -49,18 +48,14 @@ class Row:
 
     name: str  # of the method
     baseline: str | None
-    dataset: str  # or "mean of N"
+    dataset: str  # or "mean of N datasets"
     shots: int | str
-    results: dict[int, dict] = dataclasses.field(default_factory=dict)  # {seed: result.json}
+    what: dict  # all that its figures come from, but the draw; of a mean, but the dataset
+    example: dict  # the result of one of its runs
+    figures: dict[tuple, dict] = dataclasses.field(default_factory=dict)  # see figures_of
+    seeds: list[int] = dataclasses.field(default_factory=list)
     parts: list["Row"] = dataclasses.field(default_factory=list)  # of a mean: the rows
     label: str = ""
-    # {(test set, zero_shot or baseline or ..): {seed: value}}
-    figures: dict[tuple, dict] = dataclasses.field(default_factory=dict)
-
-    @property
-    def example(self) -> dict:
-        """A result of it."""
-        return next(iter((self.parts or [self])[0].results.values()))
 
 
 def read_rows(folders: list[str], measure: str) -> list[Row]:
@@ -73,22 +68,20 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         result = data.read_json(path)
         told = {"clip", "training", "name"} <= result.keys()
         require(told, f"{folder} is of an older version and does not say what its figures are of")
-        settings, seed = result["settings"], result["training"]["seed"]
-        row = Row(result["name"], result["baseline_name"], settings["dataset"], settings["shots"])
-        row = rows.setdefault(json.dumps(identity(result), sort_keys=True), row)
+        settings, what = result["settings"], identity(result)
+        kind = (result["name"], result["baseline_name"], settings["dataset"], settings["shots"])
+        row = rows.setdefault(as_text(what), Row(*kind, what, result, defaultdict(dict)))
+        seed = result["training"]["seed"]
         twice = f"{folder} has the training or the seed ({seed}) of another run with equal settings"
-        require(seed not in row.results, twice)
-        row.results[seed] = result
-    for key, row in rows.items():
-        kind = [row.name, row.dataset, row.shots]
-        alike = [json.loads(k) for k, o in rows.items() if [o.name, o.dataset, o.shots] == kind]
-        words = differing(json.loads(key), alike)
-        trained = next(iter(row.results.values()))["training"]["dataset"]
-        if trained != row.dataset and not any("trained with dataset" in word for word in words):
-            words.append(f"trained on {trained}")
-        row.label = " ".join(["{} {} {} shots".format(*kind), *words])
-        row.figures = figures_of(row.results, MEASURES[measure][0])
-    return list(rows.values())
+        require(seed not in row.seeds, twice)
+        row.seeds.append(seed)
+        for key, value in figures_of(result, MEASURES[measure][0]).items():
+            row.figures[key][seed] = value
+    return label([*rows.values()])
+
+
+def as_text(what: dict) -> str:
+    return json.dumps(what, sort_keys=True)
 
 
 def identity(result: dict) -> dict:
@@ -107,14 +100,23 @@ def test_name(test: dict, own: str) -> str:
     return " ".join(filter(None, [dataset, test["domain"], test["classes"]]))
 
 
+def label(rows: list[Row]) -> list[Row]:
+    """Call each row by its method, dataset and shots, and what is not equal in others of these."""
+    for alike in data.group(rows, lambda row: (row.name, row.dataset, row.shots)).values():
+        for row in alike:
+            words = differing(row.what, [other.what for other in alike])
+            row.label = ", ".join([row.name, row.dataset, f"{row.shots} shots", *words])
+    return rows
+
+
 def differing(what: dict, others: list[dict]) -> list[str]:
-    """ "key value" of what is not equal in all; that others lack a test set goes without saying."""
+    """ "key value" of what is not equal in all; that others lack a test set goes without saying,
+    and that it was trained elsewhere never does."""
     found = []
     for key, value in what.items():
         others_have = [o.get(key) for o in others if key in o or not key.startswith("images")]
-        if any(other != value for other in others_have):
-            text = " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-            found.append(f"{key} {text[:12] if len(text) == 40 else text}")  # 40: a fingerprint
+        if key == "trained with dataset" or any(other != value for other in others_have):
+            found.append(f"{key} {value}")
     return found
 
 
@@ -126,29 +128,29 @@ def columns_of(result: dict) -> dict[str, list[dict]]:
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
     domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
     found = {test_name(test, first["dataset"]): [test] for test in result["tests"]}
-    found |= {f"mean of {len(away)} others": away} if len(away) > 1 else {}
-    return found | (
-        {SIDES[0]: [first], SIDES[1]: new or domains} if result["harmonic_mean"] else {}
-    )
-
-
-def figures_of(results: dict[int, dict], measure: str) -> dict[tuple, dict]:
-    found = defaultdict(dict)
-    for seed, result in results.items():
-        for name, tests in columns_of(result).items():
-            key = "accuracy" if name in SIDES else measure
-            for kind in common.measures(tests[0]):
-                values = [common.measures(test)[kind][key] for test in tests]
-                found[name, kind][seed] = statistics.mean(values)
-        for kind, h in result["harmonic_mean"].items():
-            found["H", kind][seed] = h
+    if len(away) > 1:
+        found[f"mean of {len(away)} others"] = away
+    if result["harmonic_mean"]:
+        found |= {SIDES[0]: [first], SIDES[1]: new or domains}
     return found
 
 
+def figures_of(result: dict, measure: str) -> dict[tuple[str, str], float]:
+    """{(column, zero_shot or baseline or ..): the run's figure}."""
+    found = {}
+    for column, tests in columns_of(result).items():
+        key = "accuracy" if column in SIDES else measure
+        for kind in common.measures(tests[0]):
+            values = [common.measures(test)[kind][key] for test in tests]
+            found[column, kind] = statistics.mean(values)
+    return found | {("H", kind): h for kind, h in result["harmonic_mean"].items()}
+
+
 def finish(figures: dict[tuple, dict]) -> None:
-    """Add the papers' H, of accuracies that are averaged first, and paired differences."""
+    """Put the papers' H, of accuracies that are averaged first, in the place of these; add paired
+    differences."""
     for kind in [kind for test, kind in figures if test == "H"]:
-        a, b = (statistics.mean(figures[side, kind].values()) for side in SIDES)
+        a, b = (statistics.mean(figures.pop((side, kind)).values()) for side in SIDES)
         figures["H of means", kind] = {0: common.harmonic_mean(a, b)}
     for test in [test for test, kind in figures if kind == "baseline"]:
         plain = figures[test, "baseline"]
@@ -173,50 +175,47 @@ def variant(row: Row) -> dict:
 def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
     """A row for each set of rows that differ in the dataset alone, and what is missing in it."""
     means, notes = [], []
-    for group in data.group(rows, lambda row: json.dumps(variant(row), sort_keys=True)).values():
-        names = {row.dataset for row in group}
+    for parts in data.group(rows, lambda row: as_text(variant(row))).values():
+        names = {row.dataset for row in parts}
         if len(names) == 1:
             continue
-        mean = dataclasses.replace(group[0], dataset=f"mean of {len(group)}", parts=group)
-        alike = [variant(m) for m in means if (m.name, m.shots) == (mean.name, mean.shots)]
-        label = f"mean of {len(group)} datasets: {mean.name} {mean.shots} shots"
-        mean.label = " ".join([label, *differing(variant(mean), alike)])
-        every = set.union(*(set(row.results) for row in group))
-        seeds = sorted(set.intersection(*(set(row.results) for row in group)))
-        lacks = [f"seed {seed} of {row.dataset} (left out of all)"
-                 for row in group for seed in sorted(every - set(row.results))]  # fmt: skip
-        if names < set(ELEVEN):
-            lacks += ["of the papers' eleven " + ", ".join(n for n in ELEVEN if n not in names)]
-        notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
-        if not seeds or len(names) < len(group):
-            notes.append(f"no {mean.label}: all lack a common seed, or a dataset is there twice")
-            continue
-        mean.results = {seed: mean.results[seed] for seed in seeds}
-        columns = set.intersection(*(set(row.figures) for row in group))
+        seeds = sorted(set.intersection(*(set(row.seeds) for row in parts)))
+        mean = dataclasses.replace(parts[0], parts=parts, seeds=seeds, what=variant(parts[0]))
+        mean.dataset = f"mean of {len(parts)} datasets"
         mean.figures = {
-            key: {seed: statistics.mean(r.figures[key][seed] for r in group) for seed in seeds}
-            for key in group[0].figures
-            if key in columns
+            key: {seed: statistics.mean(row.figures[key][seed] for row in parts) for seed in seeds}
+            for key in parts[0].figures
+            if all(key in row.figures for row in parts)
         }
         means.append(mean)
-    return means, notes
+    for mean in label(means):
+        names = [row.dataset for row in mean.parts]
+        every = set.union(*(set(row.seeds) for row in mean.parts))
+        lacks = [f"seed {seed} of {row.dataset} (left out of all)"
+                 for row in mean.parts for seed in sorted(every - set(row.seeds))]  # fmt: skip
+        if set(names) < set(ELEVEN):
+            lacks += ["of the papers' eleven " + ", ".join(n for n in ELEVEN if n not in names)]
+        notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
+        if len(set(names)) < len(names):
+            notes.append(f"no {mean.label}: a dataset is there twice")
+            mean.seeds = []
+    return [mean for mean in means if mean.seeds], notes
 
 
 # The table ----------------------------------------------------------------------------------------
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean ± standard deviation; of one value itself."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error (of one value 0)."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
 
 
-def difference(values: list[float], digits: int = 1) -> str:
-    """Mean of paired differences ± its standard error."""
-    mean = f"{statistics.mean(values):+.{digits}f}"
-    return f"{mean} ± {standard_error(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def standard_error(values: list[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+def spread(values: list[float], digits: int = 1, paired: bool = False) -> str:
+    """Mean ± standard deviation; of paired differences ± standard error; of one value itself."""
+    mean, error = mean_and_error(values)
+    text = f"{mean:{'+' if paired else ''}.{digits}f}"
+    if len(values) == 1:
+        return text
+    return f"{text} ± {error if paired else statistics.stdev(values):.{digits}f}"
 
 
 def title_of(row: Row, kind: str) -> str:
@@ -228,15 +227,14 @@ def title_of(row: Row, kind: str) -> str:
 def table(rows: list[Row], measure: str) -> list[list[str]]:
     """Header and a line for each row and column: mean ± std over seeds."""
     lines, digits = [], 3 if measure == "nll" else 1
-    tests = [t for t in dict.fromkeys(t for row in rows for t, _ in row.figures) if t not in SIDES]
+    tests = list(dict.fromkeys(test for row in rows for test, _ in row.figures))
     if measure != "accuracy":
-        tests = [test for test in tests if (test in H) == (measure == "H")]
+        tests = [test for test in tests if (test in ("H", "H of means")) == (measure == "H")]
     for row in rows:
         for kind in dict.fromkeys(kind for _, kind in row.figures):
             found = [list(row.figures.get((test, kind), {}).values()) for test in tests]
-            shown = difference if kind == "difference" else spread
-            cells = [shown(values, digits) if values else "" for values in found]
-            lines.append([row.label, str(len(row.results)), title_of(row, kind), *cells])
+            cells = [spread(v, digits, kind == "difference") if v else "" for v in found]
+            lines.append([row.label, str(len(row.seeds)), title_of(row, kind), *cells])
     return [[MEASURES[measure][1], "seeds", "", *tests], *lines]
 
 
@@ -262,89 +260,74 @@ def list_runs(file: str) -> list[str]:
 
 # Plots --------------------------------------------------------------------------------------------
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # one more, so that both together repeat late
+STYLE = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
+         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}  # the same bytes always
 SHOTS = "training images a class"
 BARS = "(bars: ± standard error over seeds)"
 
 
 def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=False) -> None:
-    """{panel: {line: [(x, y, standard error of y, of x), ...]}} to FILE.{svg,png,pdf}. shots: x by
-    powers of 2. A line's name stands at its end in the last panel."""
+    """{panel: {line: [(x, y, standard error of y, of x), ...]}} to FILE.{svg,png,pdf}; errors may
+    be left out. shots: x by powers of 2."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise data.UserError("plots need matplotlib: pip install matplotlib") from error
     kind = path.suffix[1:]
-    require(kind in ("svg", "png", "pdf"), f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
+    require(kind in UNDATED, f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     size = (6.8, 3.8) if len(panels) == 1 else (2.6 * across + 1.6, 2.3 * down + 0.6)
-    names = list(dict.fromkeys(["zero-shot", *itertools.chain(*panels.values())]))
-    style = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
-    style |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
+    names = list(dict.fromkeys(itertools.chain(*panels.values())))
+    drawn = {}
+    with matplotlib.rc_context(STYLE):
         figure = Figure(size, layout="constrained", dpi=150)
         for i, (title, lines) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(down, across, i, title=title)
             for name, points in lines.items():
-                k = names.index(name) % len(COLOURS)
-                look = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4}
-                axes.errorbar(*zip(*points), capsize=2, elinewidth=0.8, **look)
+                k = names.index(name)
+                look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+                drawn[name] = axes.errorbar(
+                    *zip(*points), markersize=4, capsize=2, elinewidth=0.8, **look
+                )
             if shots:
                 xs = sorted({point[0] for points in lines.values() for point in points})
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(xs, [f"{x:g}" for x in xs])
-        name_lines(axes, lines, names)
+        figure.legend(drawn.values(), drawn, loc="outside right center", frameon=False)
         figure.supxlabel(f"{x_title}\n{note}", fontsize=9)
         figure.supylabel(y_title, fontsize=9)
         buffer = io.BytesIO()
-        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same bytes each time
-        figure.savefig(buffer, format=kind, metadata=undated.get(kind))
+        figure.savefig(buffer, format=kind, metadata=UNDATED[kind])
     data.write(path, buffer.getvalue())
-
-
-def name_lines(axes, lines: dict, names: list[str]) -> None:
-    """Names right of the axes, each at the height of its line's last point, or as near to it as
-    the others leave room, with a thin line to the point."""
-    low, high = axes.get_ylim()
-    heights = {name: (points[-1][1] - low) / (high - low) for name, points in lines.items()}
-    order = sorted(heights, key=heights.get)
-    gap = 0.8 / max(10, len(order))
-    for _ in range(200):  # neighbours that are too near push each other away
-        for below, above in itertools.pairwise(order):
-            lack = max(0, gap - (heights[above] - heights[below])) / 2
-            heights[below] -= lack
-            heights[above] += lack
-    for name, points in lines.items():
-        colour = COLOURS[names.index(name) % len(COLOURS)]
-        thin = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 4}
-        axes.annotate(name, points[-1][:2], (1.04, heights[name]), textcoords="axes fraction",
-                      color=colour, va="center", arrowprops=thin)  # fmt: skip
 
 
 def against_shots(rows: list[Row], measure: str) -> dict:
     """{dataset or mean: {line: points}} of the first test set, or of H, for `draw`. A line joins
-    rows that differ in their shots alone."""
+    rows that differ in their shots alone; of zero-shot, that have the same CLIP."""
     few = [row for row in rows if row.shots != "all"]
     require(few, "--plot draws accuracy against shots: name runs of few shots")
-    found = defaultdict(list)  # {(what a line is called, of what): its points, with their panels}
+    found = []
     for row in sorted(few, key=lambda row: (len(row.parts), row.shots)):
-        test = "H" if measure == "H" else next(test for test, _ in row.figures if test not in SIDES)
-        like = variant(row) | {"shots": "", "name": "", "baseline": ""}
-        own = {"zero_shot": {"clip": like["clip"]}, "baseline": like | {"beside": row.name}}
+        test = "H" if measure == "H" else next(iter(row.figures))[0]
+        like = variant(row) | {"shots": ""}
         for kind in ("zero_shot", "baseline", "tuned"):
-            if values := list(row.figures.get((test, kind), {}).values()):
-                key = title_of(row, kind), json.dumps(own.get(kind, like), sort_keys=True)
-                point = (row.shots, statistics.mean(values), standard_error(values), 0.0)
-                found[key].append((row.dataset, point))
-    panels = {row.dataset: {} for row in sorted(few, key=lambda row: len(row.parts))}
-    for (title, what), points in found.items():
-        alike = [json.loads(other) for same, other in found if same == title]
-        name = " ".join([title, *differing(json.loads(what), alike)])
-        for panel, own in data.group(points, lambda point: point[0]).items():
-            require(name not in panels[panel], f"--plot: two lines are called {name}: name fewer")
-            panels[panel][name] = sorted({point for _, point in own})
+            if (test, kind) in row.figures:
+                what = {"clip": like["clip"]} if kind == "zero_shot" else like
+                point = (row.shots, *mean_and_error([*row.figures[test, kind].values()]))
+                found.append((row.dataset, title_of(row, kind), what, point))
+    panels = {}
+    for panel, title, what, point in found:
+        alike = [other for _, same, other, _ in found if same == title]
+        name = " ".join([title, *differing(what, alike)])
+        points = panels.setdefault(panel, {}).setdefault(name, [])
+        if point not in points:
+            twice = point[0] in [x for x, *_ in points]
+            require(not twice, f"--plot: two lines are called {name}: name fewer runs")
+            points.append(point)
     return panels
 
 
