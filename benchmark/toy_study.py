@@ -21,6 +21,8 @@ from collections import defaultdict
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds common.py
 import table
 
@@ -63,10 +65,6 @@ def study() -> list[tuple[str, dict, list[str]]]:
     return runs
 
 
-def key(what: dict) -> str:
-    return json.dumps(what, sort_keys=True)
-
-
 def perform(job: tuple[str, dict, list[str]]) -> dict:
     """One run in a folder that is thrown away → what is kept of it."""
     script, what, flags = job
@@ -96,13 +94,13 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
 def read_runs() -> dict[str, dict]:
     path = RESULTS / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return {key(row["what"]): row for row in map(json.loads, lines)}
+    return {table.as_text(row["what"]): row for row in map(json.loads, lines)}
 
 
 def run_study(jobs: int) -> None:
     """Every run that is not done yet; each is kept as soon as it is finished."""
     done = read_runs()
-    todo = [job for job in study() if key(job[1]) not in done]
+    todo = [job for job in study() if table.as_text(job[1]) not in done]
     print(f"{len(done)} of {len(done) + len(todo)} runs are done", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(max(1, jobs)) as pool:
@@ -112,138 +110,124 @@ def run_study(jobs: int) -> None:
 
 
 # 2. TABLES ----------------------------------------------------------------------------------------
-def value(row: dict, column: str, kind: str) -> float:
-    """What the column names of a run: accuracy (%), "base NLL" (0.01 nats), "new ECE" (%); "H" of
-    accuracies; "OOD", their mean over the other domains."""
-    test, _, what = column.partition(" ")
-    if test == "H":
-        return row["H"][kind]
-    index, factor = {"NLL": (1, 100), "ECE": (2, 1)}.get(what, (0, 1))
-    others = [name for name in row["tests"] if name not in ("all", "base", "new")]
-    found = [row["tests"][name][kind][index] for name in (others if test == "OOD" else [test])]
-    return factor * statistics.mean(found)
+BASE_NEW = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
 
 
-def by_seed(rows: list[dict], column: str, method: str, kind: str = "tuned") -> dict[int, float]:
-    """{seed: mean over tasks}; "H of means", of accuracies averaged before: {0: H}."""
-    rows = [row for row in rows if row["what"]["method"] == method]
-    if column == "H of means":
-        sides = ("base", "new") if "base" in rows[0]["tests"] else ("all", "OOD")
-        found = [statistics.mean(value(row, side, kind) for row in rows) for side in sides]
-        return {0: common.harmonic_mean(*found)}
-    seeds = data.group(rows, lambda row: row["what"]["seed"])
-    return {seed: statistics.mean(value(row, column, kind) for row in seeds[seed])
-            for seed in sorted(seeds)}  # fmt: skip
+def figures_of(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """{kind: {column: a value a seed}} of a method's runs, means over tasks: accuracies and ECE in
+    %, NLL in 0.01 nats; "OOD" is of the other domains."""
+    found = defaultdict(list)  # {(kind, column, seed): a value a task}
+    for row in rows:
+        seed = row["what"]["seed"]
+        for kind, h in row["H"].items():
+            found[kind, "H", seed].append(h)
+        for test, kinds in row["tests"].items():
+            for kind, (accuracy, nll, ece) in kinds.items():
+                found[kind, test, seed].append(accuracy)
+                found[kind, f"{test} NLL", seed].append(100 * nll)
+                found[kind, f"{test} ECE", seed].append(ece)
+                if test not in ("all", "base", "new"):
+                    found[kind, "OOD", seed].append(accuracy)
+    figures = defaultdict(lambda: defaultdict(list))
+    for (kind, column, _), values in found.items():  # seeds in the order of SEEDS
+        figures[kind][column].append(statistics.mean(values))
+    for columns in figures.values():
+        sides = ("base", "new") if "base" in columns else ("all", "OOD")
+        if "H" in columns:  # of accuracies that are averaged before
+            means = [statistics.mean(columns[side]) for side in sides]
+            columns["H of means"] = [common.harmonic_mean(*means)]
+    return figures
 
 
-def lines_of(rows: list[dict], methods: list[str], columns: list[str]) -> list[list[str]]:
-    """A table of these rows: zero-shot, each method and what it has as "extra", and the paired
-    differences to the first method and to a method that does without projection or weights."""
-    rivals = [methods[0], *(method for method in ("CE + KL", "KD") if method in methods)]
-    out = [["", *columns]]
-    for method, kind in kinds_of(rows, methods):
-        found = [by_seed(rows, column, method, kind) for column in columns]
-        if kind == "zero_shot":
-            means = [f"{statistics.mean(values.values()):.1f}" for values in found]
-            out.append(["zero-shot", *means])
+def titled(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """{title: figures} of the methods of a table: zero-shot, each method as it was tuned, and what
+    the first two have as "extra"."""
+    groups = data.group(rows, lambda row: row["what"]["method"])
+    methods = {method: figures_of(own) for method, own in groups.items()}
+    first, second, *_ = methods
+    found = {"zero-shot": methods[first]["zero_shot"]}
+    for method, kinds in methods.items():
+        found[method] = kinds["tuned"]
+    for method in (first, second):
+        for kind, columns in methods[method].items():
+            if kind not in ("zero_shot", "tuned"):
+                found[f"{method}, {kind.replace('_', ' ')}"] = columns
+    return found
+
+
+def lines_of(figures: dict[str, dict], columns: list[str]) -> list[list[str]]:
+    """The table, with paired differences to the first method and to a method that does without
+    projection or weights."""
+    _, first, *_ = figures
+    rivals = [first, *(method for method in ("CE + KL", "KD") if method in figures)]
+    lines = [["", *columns]]
+    for title, own in figures.items():
+        if title == "zero-shot":
+            means = [statistics.mean(own[column]) for column in columns]
+            lines.append([title, *map("{:.1f}".format, means)])
             continue
-        cells = [table.spread([*values.values()]) for values in found]
-        out.append([f"{title(method, kind)} ({len(found[0])} seeds)", *cells])
-        for rival in rivals[:1] if method in rivals else rivals:
-            rest = [by_seed(rows, column, rival) for column in columns]
-            pairs = [[a[seed] - b[seed] for seed in a] for a, b in zip(found, rest)]
-            if (method, kind) != (rivals[0], "tuned"):
-                out.append([f"… minus {rival}", *map(table.difference, pairs)])
-    return out
+        cells = [table.spread(own[column]) for column in columns]
+        lines.append([f"{title} ({len(SEEDS)} seeds)", *cells])
+        for rival in rivals[:1] if title.startswith(tuple(rivals)) else rivals:
+            if title != first:
+                pairs = [zip(own[column], figures[rival][column]) for column in columns]
+                cells = [table.spread([a - b for a, b in pair], paired=True) for pair in pairs]
+                lines.append([f"… minus {rival}", *cells])
+    return lines
 
 
-def kinds_of(rows: list[dict], methods: list[str]) -> list[tuple[str, str]]:
-    """(method, what was measured of it): the tuned ones, then extras of the first two methods."""
-    found = [(methods[0], "zero_shot"), *((method, "tuned") for method in methods)]
-    for method in methods[:2]:
-        row = next(row for row in rows if row["what"]["method"] == method)
-        measured = next(iter(row["tests"].values()))
-        found += [(method, kind) for kind in measured if kind not in ("zero_shot", "tuned")]
-    return found
+def curves_of(runs: list[dict]) -> list[list[str]]:
+    """A table of what a run's epochs show, means over tasks and seeds."""
+    lines = []
+    for method, rows in data.group(runs, lambda row: row["what"]["method"]).items():
+        means = np.mean([row["curve"] for row in rows], axis=0)  # [epochs, 4]
+        epochs, accuracies, cosines, conflicts = means.T
+        cells = map("{:.1f}".format, accuracies)
+        lines.append([f"{method}: accuracy on validation images, %", *cells])
+        lines.append([f"{method}: cosine", *map("{:.2f}".format, cosines)])
+        lines.append([f"{method}: conflicts", *map("{:.2f}".format, conflicts)])
+    return [["epoch", *map("{:.0f}".format, epochs)], *lines]
 
 
-def title(method: str, kind: str) -> str:
-    return {"tuned": method, "zero_shot": "zero-shot"}.get(
-        kind, f"{method}, {kind.replace('_', ' ')}"
-    )
-
-
-def curves_of(runs: dict, methods: list[str]) -> tuple[list, dict]:
-    """A table of what a run's epochs show, means over tasks and seeds; and accuracy to be drawn."""
-    lines, drawn = [], {}
-    for method in methods:
-        rows = [row for row in runs.values() if ("curves", method) == (
-            row["what"]["part"], row["what"]["method"])]  # fmt: skip
-        points = [list(zip(*epoch)) for epoch in zip(*(row["curve"] for row in rows))]
-        epochs = [point[0][0] for point in points]
-        for k, what in enumerate(("accuracy on validation images, %", "cosine", "conflicts"), 1):
-            values = [statistics.mean(point[k]) for point in points]
-            lines.append([f"{method}: {what}", *[f"{v:.{1 if k == 1 else 2}f}" for v in values]])
-            if k == 1:
-                drawn[method] = [(*point, 0, 0) for point in zip(epochs, values)]
-    return [["epoch", *map(str, epochs)], *lines], drawn
-
-
-def tables_of(runs: dict) -> list[tuple]:
-    """(title, rows, methods, columns) of every table: of a part of the study, or of its tasks."""
-    both = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
-    found = []
-    parts = data.group(read_plan(), lambda line: (line["part"], line["shots"], line["tasks"]))
-    for (part, shots, tasks), lines in parts.items():
-        rows = [row for row in runs.values() if row["what"]["part"] == part
-                and str(row["what"].get("shots", "")) == shots]  # fmt: skip
-        methods = [line["method"] for line in lines]
-        name = f"{part}, {shots} shots" if shots else part
-        if tasks == "shortcut":
-            for task, own in data.group(rows, lambda row: row["what"]["task"]).items():
-                found.append((f"{name}, {task}", own, methods, ["all", "OOD", "H", "H of means"]))
-        elif part != "curves":
-            columns = ["all", "all NLL", "all ECE"] if part == "all classes" else both
-            found.append((f"{name}, six tasks", rows, methods, columns))
-    return found
+def table_of(row: dict) -> str:
+    """Which table a run stands in: of its part of the study, or of its task there."""
+    what = row["what"]
+    shots = [f"{what['shots']} shots"] if "shots" in what else []
+    task = what["task"] if what["task"] in data.world.SHORTCUT else "six tasks"
+    return ", ".join([what["part"], *shots, task])
 
 
 def write_tables() -> None:
-    runs = read_runs()
-    missing = sum(key(what) not in runs for _, what, _ in study())
+    done, wanted = read_runs(), [table.as_text(what) for _, what, _ in study()]
+    missing = sum(what not in done for what in wanted)
     data.require(not missing, f"{missing} runs are not done yet: go on with toy_study.py run")
     parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %", WHAT_IS_SHOWN]
     shots, planes = defaultdict(list), {}
-    for name, rows, methods, columns in tables_of(runs):
-        parts += [f"\n## {name}", table.markdown(lines_of(rows, methods, columns))]
-        kinds = kinds_of(rows, methods)
+    groups = data.group([done[what] for what in wanted], table_of)
+    curves = curves_of(groups.pop("curves, 4 shots, six tasks"))
+    for name, rows in groups.items():
+        columns = BASE_NEW if name.endswith("six tasks") else ["all", "OOD", "H", "H of means"]
+        if name.startswith("all classes"):
+            columns = ["all", "all NLL", "all ECE"]
+        figures = titled(rows)
+        parts += [f"\n## {name}", table.markdown(lines_of(figures, columns))]
         if name.startswith("base to new"):
-            for which in kinds[:4]:  # zero-shot, CoOp, ProGrad, CE + KL
-                point = (rows[0]["what"]["shots"], *mean_and_error(rows, "H", *which), 0)
-                shots[title(*which)].append(point)
+            for title in ("zero-shot", "CoOp", "ProGrad", "CE + KL"):
+                point = (rows[0]["what"]["shots"], *table.mean_and_error(figures[title]["H"]))
+                shots[title].append(point)
         if name in PLANES:
             planes[name] = defaultdict(list)
-            for which in kinds:
-                x, y = (mean_and_error(rows, column, *which) for column in columns[:2])
-                line = re.sub(r"^.*, (.*) 0\.[357]$", r"\1 with zero-shot", title(*which))
+            for title, own in figures.items():
+                x, y = (table.mean_and_error(own[column]) for column in columns[:2])
+                line = re.sub(r"^.*, (.*) 0\.[357]$", r"\1 with zero-shot", title)
                 planes[name][line].append((x[0], *y, x[1]))
-    lines, curves = curves_of(runs, ["CoOp", "ProGrad", "CE + KL"])
-    parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(lines)]
+    parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(curves)]
     data.write(RESULTS / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))
-    bars = "(bars: ± standard error over 5 seeds)"
-    table.draw({"": shots}, RESULTS / "shots.svg", table.SHOTS,
-               "H of base and new accuracy, %", bars, shots=True)  # fmt: skip
-    table.draw({"": curves}, RESULTS / "curves.svg", "epoch",
-               "accuracy on validation images of base classes, %",
-               "(mean of six tasks and 5 seeds)")  # fmt: skip
+    table.draw({"": shots}, RESULTS / "shots.svg", table.SHOTS, "H of base and new accuracy, %",
+               shots=True)  # fmt: skip
     for name, (file, x_title, y_title) in PLANES.items():
-        table.draw({"": planes[name]}, RESULTS / f"{file}.svg", x_title, y_title, bars)
-
-
-def mean_and_error(rows: list[dict], column: str, *which: str) -> tuple[float, float]:
-    values = list(by_seed(rows, column, *which).values())
-    return statistics.mean(values), table.standard_error(values)
+        table.draw({"": planes[name]}, RESULTS / f"{file}.svg", x_title, y_title)
 
 
 def main(argv: list[str] | None = None) -> None:
