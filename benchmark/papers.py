@@ -37,8 +37,7 @@ def read_papers() -> list[dict]:
 
 def method_of(row: table.Row, kind: str) -> str | None:
     """The method's name in papers.csv; None where its training is not a published one's."""
-    name = {"zero_shot": "zero-shot", "baseline": row.baseline, "tuned": row.name}[kind]
-    settings = row.example["settings"]
+    name, settings = row.titles()[kind], row.example["settings"]
     scripts = {"CoOp": ["prograd"]}.get(name, table.SCRIPTS)  # vpt.py's base is trained as VPT is
     if kind != "zero_shot" and settings["method"] not in scripts:
         return None
@@ -53,18 +52,17 @@ def tests_of(row: table.Row, column: str) -> list[dict]:
 
 def place(row: table.Row, column: str, kind: str) -> list:
     """Where a figure of ours stands in papers.csv: method, dataset, test_on, classes."""
-    method, test = method_of(row, kind), tests_of(row, column)[0]
-    trained = row.example["training"]["dataset"]
-    classes = "H" if column == "H of means" else test["classes"]
+    tests, own = tests_of(row, column), row.example["training"]["dataset"]
+    classes = "H" if column == "H of means" else tests[0]["classes"]
+    dataset, test_on = own, tests[0]["dataset"] if tests[0]["dataset"] != own else ""
+    if len(tests) > 1:
+        test_on = column.removesuffix(" others")
+    elif kind == "zero_shot":  # what it is tested on is all that counts
+        dataset, test_on = tests[0]["dataset"], ""
     if row.parts:
         eleven = {part.dataset for part in row.parts} == set(table.ELEVEN)
-        own = column in ("all", "base", "new", "H of means")
-        return [method, "mean of 11" if eleven else row.dataset, "" if own else column, classes]
-    if column.startswith("mean of "):
-        return [method, trained, column.removesuffix(" others"), classes]
-    if kind == "zero_shot":  # what it is tested on is all that counts
-        return [method, test["dataset"], "", classes]
-    return [method, trained, "" if test["dataset"] == trained else test["dataset"], classes]
+        dataset = "mean of 11" if eleven else row.dataset
+    return [method_of(row, kind), dataset, test_on, classes]
 
 
 def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]:
@@ -105,7 +103,7 @@ def compare(row: table.Row, column: str, kind: str, published: list[dict]) -> li
     settings = row.example["settings"]
     # Zero-shot stands in many rows: without their labels its lines are the same.
     of = f"{row.dataset}, {settings['model']}" if kind == "zero_shot" else row.label
-    ours = (of, f"{table.title_of(row, kind)}, {column}", f"{here:.2f}")
+    ours = (of, f"{row.titles()[kind]}, {column}", f"{here:.2f}")
     alike = [paper for paper in published if [paper[key] for key in PLACE] == where]
     differ = [gaps(row, kind, column, paper) for paper in alike]
     lines = []

@@ -46,16 +46,20 @@ ELEVEN = ["imagenet", "fgvc_aircraft", *(k for k, source in data.SOURCES.items()
 class Row:
     """Runs that are averaged; or a mean of such rows over datasets."""
 
-    name: str  # of the method
-    baseline: str | None
     dataset: str  # or "mean of N datasets"
-    shots: int | str
     what: dict  # all that its figures come from, but the draw; of a mean, but the dataset
-    example: dict  # the result of one of its runs
-    figures: dict[tuple, dict] = dataclasses.field(default_factory=dict)  # see figures_of
-    seeds: list[int] = dataclasses.field(default_factory=list)
-    parts: list["Row"] = dataclasses.field(default_factory=list)  # of a mean: the rows
+    example: dict  # result.json of one of its runs
+    figures: dict[tuple, dict]  # {(column, zero_shot or baseline or ..): {seed: value}}
+    seeds: list[int]
+    parts: list["Row"] = ()  # of a mean: the rows
     label: str = ""
+
+    def titles(self) -> dict[str, str]:
+        """What a table calls zero_shot, baseline and so on."""
+        name, baseline = self.example["name"], self.example["baseline_name"]
+        found = {kind: kind.replace("_", " ") for _, kind in self.figures}
+        found |= {"zero_shot": "zero-shot", "baseline": baseline, "tuned": name}
+        return found | {"difference": f"{name} − {baseline}"}
 
 
 def read_rows(folders: list[str], measure: str) -> list[Row]:
@@ -68,9 +72,8 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         result = data.read_json(path)
         told = {"clip", "training", "name"} <= result.keys()
         require(told, f"{folder} is of an older version and does not say what its figures are of")
-        settings, what = result["settings"], identity(result)
-        kind = (result["name"], result["baseline_name"], settings["dataset"], settings["shots"])
-        row = rows.setdefault(as_text(what), Row(*kind, what, result, defaultdict(dict)))
+        what, dataset = identity(result), result["settings"]["dataset"]
+        row = rows.setdefault(as_text(what), Row(dataset, what, result, defaultdict(dict), []))
         seed = result["training"]["seed"]
         twice = f"{folder} has the training or the seed ({seed}) of another run with equal settings"
         require(seed not in row.seeds, twice)
@@ -90,22 +93,22 @@ def identity(result: dict) -> dict:
     kept = {key: value for key, value in settings.items() if key not in FREE}
     trained = {key: value for key, value in result["training"].items() if key not in DRAWN}
     kept |= {f"trained with {k}": v for k, v in trained.items() if settings.get(k) != v}
-    kept |= {f"images of {test_name(test, '')}": test["images"] for test in result["tests"]}
+    for test in result["tests"]:
+        kept[f"images of {test['dataset']} {test_name(test)}"] = test["images"]
     return kept | {"baseline": result["baseline_name"], "clip": result["clip"]}
 
 
-def test_name(test: dict, own: str) -> str:
-    """What a test set is called; the dataset `own` goes without saying."""
-    dataset = "" if test["dataset"] == own else test["dataset"]
-    return " ".join(filter(None, [dataset, test["domain"], test["classes"]]))
+def test_name(test: dict) -> str:
+    return f"{test['domain']} {test['classes']}".strip()
 
 
 def label(rows: list[Row]) -> list[Row]:
     """Call each row by its method, dataset and shots, and what is not equal in others of these."""
-    for alike in data.group(rows, lambda row: (row.name, row.dataset, row.shots)).values():
-        for row in alike:
-            words = differing(row.what, [other.what for other in alike])
-            row.label = ", ".join([row.name, row.dataset, f"{row.shots} shots", *words])
+    heads = [[row.example["name"], row.dataset, f"{row.example['settings']['shots']} shots"]
+             for row in rows]  # fmt: skip
+    for row, head in zip(rows, heads):
+        alike = [other.what for other, same in zip(rows, heads) if same == head]
+        row.label = ", ".join([*head, *differing(row.what, alike)])
     return rows
 
 
@@ -123,11 +126,12 @@ def differing(what: dict, others: list[dict]) -> list[str]:
 def columns_of(result: dict) -> dict[str, list[dict]]:
     """{column: the test sets whose mean it is}."""
     first, *rest = result["tests"]
-    away = [test for test in rest if test["dataset"] != first["dataset"]]
     own = [test for test in rest if test["dataset"] == first["dataset"]]
+    away = [test for test in rest if test["dataset"] != first["dataset"]]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
     domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
-    found = {test_name(test, first["dataset"]): [test] for test in result["tests"]}
+    found = {test_name(test): [test] for test in [first, *own]}
+    found |= {f"{test['dataset']} {test_name(test)}": [test] for test in away}
     if len(away) > 1:
         found[f"mean of {len(away)} others"] = away
     if result["harmonic_mean"]:
@@ -165,7 +169,7 @@ def variant(row: Row) -> dict:
     script = SCRIPTS.get(settings["method"])  # none of a method of one's own
     usual = common.DEFAULTS | (script.defaults(settings) if script else {})
     own = ("dataset", "images", "trained with template")
-    kept = {"name": row.name, "shots": row.shots}
+    kept = {"name": row.example["name"], "shots": settings["shots"]}
     for key, value in identity(row.example).items():
         if value != usual.get(key, ...) and not key.startswith(own):
             kept[key] = value
@@ -218,12 +222,6 @@ def spread(values: list[float], digits: int = 1, paired: bool = False) -> str:
     return f"{text} ± {error if paired else statistics.stdev(values):.{digits}f}"
 
 
-def title_of(row: Row, kind: str) -> str:
-    titles = {"zero_shot": "zero-shot", "baseline": row.baseline, "tuned": row.name}
-    titles["difference"] = f"{row.name} − {row.baseline}"
-    return titles.get(kind) or kind.replace("_", " ")
-
-
 def table(rows: list[Row], measure: str) -> list[list[str]]:
     """Header and a line for each row and column: mean ± std over seeds."""
     lines, digits = [], 3 if measure == "nll" else 1
@@ -234,7 +232,7 @@ def table(rows: list[Row], measure: str) -> list[list[str]]:
         for kind in dict.fromkeys(kind for _, kind in row.figures):
             found = [list(row.figures.get((test, kind), {}).values()) for test in tests]
             cells = [spread(v, digits, kind == "difference") if v else "" for v in found]
-            lines.append([row.label, str(len(row.seeds)), title_of(row, kind), *cells])
+            lines.append([row.label, str(len(row.seeds)), row.titles()[kind], *cells])
     return [[MEASURES[measure][1], "seeds", "", *tests], *lines]
 
 
@@ -265,10 +263,9 @@ STYLE = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.
          "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}  # the same bytes always
 SHOTS = "training images a class"
-BARS = "(bars: ± standard error over seeds)"
 
 
-def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=False) -> None:
+def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> None:
     """{panel: {line: [(x, y, standard error of y, of x), ...]}} to FILE.{svg,png,pdf}; errors may
     be left out. shots: x by powers of 2."""
     try:
@@ -298,7 +295,7 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(xs, [f"{x:g}" for x in xs])
         figure.legend(drawn.values(), drawn, loc="outside right center", frameon=False)
-        figure.supxlabel(f"{x_title}\n{note}", fontsize=9)
+        figure.supxlabel(f"{x_title}\n(bars: ± standard error over seeds)", fontsize=9)
         figure.supylabel(y_title, fontsize=9)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=UNDATED[kind])
@@ -308,17 +305,18 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, note=BARS, shots=
 def against_shots(rows: list[Row], measure: str) -> dict:
     """{dataset or mean: {line: points}} of the first test set, or of H, for `draw`. A line joins
     rows that differ in their shots alone; of zero-shot, that have the same CLIP."""
-    few = [row for row in rows if row.shots != "all"]
+    few = [row for row in rows if row.example["settings"]["shots"] != "all"]
     require(few, "--plot draws accuracy against shots: name runs of few shots")
     found = []
-    for row in sorted(few, key=lambda row: (len(row.parts), row.shots)):
+    for row in sorted(few, key=lambda row: (len(row.parts), row.example["settings"]["shots"])):
         test = "H" if measure == "H" else next(iter(row.figures))[0]
-        like = variant(row) | {"shots": ""}
+        like = variant(row)
+        shots = like.pop("shots")
         for kind in ("zero_shot", "baseline", "tuned"):
             if (test, kind) in row.figures:
                 what = {"clip": like["clip"]} if kind == "zero_shot" else like
-                point = (row.shots, *mean_and_error([*row.figures[test, kind].values()]))
-                found.append((row.dataset, title_of(row, kind), what, point))
+                point = (shots, *mean_and_error([*row.figures[test, kind].values()]))
+                found.append((row.dataset, row.titles()[kind], what, point))
     panels = {}
     for panel, title, what, point in found:
         alike = [other for _, same, other, _ in found if same == title]
