@@ -20,7 +20,6 @@ SAID = {"dataset", "shots", "classes", "test_on", "template", "model", "pretrain
         "method", "precision"} | table.FREE  # fmt: skip
 # CoOp is λ = 0 from a random start; ProGrad++ a ProGrad with many templates.
 OWN = {"CoOp": {"lam": 0.0, "init": "random"}, "ProGrad++": {"teacher": "ensemble"}}
-PLACE = ("method", "dataset", "test_on", "classes")
 UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
 
 
@@ -45,16 +44,10 @@ def method_of(row: table.Row, kind: str) -> str | None:
     return "ProGrad++" if many else name
 
 
-def tests_of(row: table.Row, column: str) -> list[dict]:
-    """The test sets that a column of the table is of."""
-    return table.columns_of(row.example)[table.SIDES[0] if column == "H of means" else column]
-
-
-def place(row: table.Row, column: str, kind: str) -> list:
-    """Where a figure of ours stands in papers.csv: method, dataset, test_on, classes."""
-    tests, own = tests_of(row, column), row.example["training"]["dataset"]
-    classes = "H" if column == "H of means" else tests[0]["classes"]
-    dataset, test_on = own, tests[0]["dataset"] if tests[0]["dataset"] != own else ""
+def place(row: table.Row, column: str, kind: str) -> dict[str, str]:
+    """Where in papers.csv a figure of ours stands."""
+    tests, dataset = tests_of(row, column), row.example["training"]["dataset"]
+    test_on = tests[0]["dataset"] if tests[0]["dataset"] != dataset else ""
     if len(tests) > 1:
         test_on = column.removesuffix(" others")
     elif kind == "zero_shot":  # what it is tested on is all that counts
@@ -62,13 +55,18 @@ def place(row: table.Row, column: str, kind: str) -> list:
     if row.parts:
         eleven = {part.dataset for part in row.parts} == set(table.ELEVEN)
         dataset = "mean of 11" if eleven else row.dataset
-    return [method_of(row, kind), dataset, test_on, classes]
+    classes = "H" if column == "H of means" else tests[0]["classes"]
+    method = method_of(row, kind)
+    return {"method": method, "dataset": dataset, "test_on": test_on, "classes": classes}
 
 
-def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]:
-    """What differs between a figure of ours and a published one, as {text: None}."""
-    if row.parts:
-        return {gap: None for part in row.parts for gap in gaps(part, kind, column, paper)}
+def tests_of(row: table.Row, column: str) -> list[dict]:
+    """The test sets that a column of the table is of."""
+    return table.columns_of(row.example)[table.SIDES[0] if column == "H of means" else column]
+
+
+def gaps(row: table.Row, column: str, kind: str, paper: dict) -> list[str]:
+    """What differs between a figure of ours and a published one."""
     settings, trained = row.example["settings"], row.example["training"]
     local = Path(settings["pretrained"] or "").exists()  # zero-shot tells whose weights it has
     pairs = [
@@ -76,8 +74,7 @@ def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]
         ("pretrained", "openai" if local else settings["pretrained"], "openai"),
         ("test_part", settings["test_part"], "test"),
     ]
-    tests = tests_of(row, column)
-    templates = [(test["dataset"], test["template"]) for test in tests]
+    templates = [(test["dataset"], test["template"]) for test in tests_of(row, column)]
     if kind != "zero_shot":
         own = data.SOURCES[trained["dataset"]].template
         templates.append((trained["dataset"], trained["template"] or own))
@@ -94,46 +91,38 @@ def gaps(row: table.Row, kind: str, column: str, paper: dict) -> dict[str, None]
     for dataset, template in templates:
         own = data.SOURCES[dataset].template
         pairs.append(("template", template, paper["template"].replace("dataset", own)))
-    return {f"{what} {ours} (published: {its})": None for what, ours, its in pairs if ours != its}
+    return [f"{what} {ours} (published: {its})" for what, ours, its in pairs if ours != its]
 
 
 def compare(row: table.Row, column: str, kind: str, published: list[dict]) -> list[tuple]:
     """Lines of the table: a figure of ours beside each published one, or beside what differs."""
+    result, test = row.example, tests_of(row, column)[0]
     here, where = statistics.mean(row.figures[column, kind].values()), place(row, column, kind)
-    settings = row.example["settings"]
     # Zero-shot stands in many rows: without their labels its lines are the same.
-    of = f"{row.dataset}, {settings['model']}" if kind == "zero_shot" else row.label
-    ours = (of, f"{row.titles()[kind]}, {column}", f"{here:.2f}")
-    alike = [paper for paper in published if [paper[key] for key in PLACE] == where]
-    differ = [gaps(row, kind, column, paper) for paper in alike]
-    lines = []
-    for paper, gap in zip(alike, differ):
-        if not gap:
-            off = f"{here - float(paper['accuracy']):+.2f}"
-            lines.append((*ours, paper["accuracy"], off, paper["source"]))
-    if alike and not lines:
-        lines.append((*ours, f"none: {'; '.join(min(differ, key=len))}", "", ""))
+    label = f"{row.dataset}, {result['settings']['model']}" if kind == "zero_shot" else row.label
+    ours = (label, f"{row.titles()[kind]}, {column}", f"{here:.2f}")
+    lines, differ = [], []
+    for paper in [paper for paper in published if paper | where == paper]:
+        gap = [text for part in row.parts or [row] for text in gaps(part, column, kind, paper)]
+        if gap:
+            differ.append("; ".join(dict.fromkeys(gap)))
+            continue
+        off = here - float(paper["accuracy"])
+        doubt = (f"; other weights, template or test images? Here: {result['clip'][:8]}, "
+                 f"{test['template']!r}, {test['n']} of {test['dataset']}")  # fmt: skip
+        doubt *= kind == "zero_shot" and abs(off) > 0.5
+        lines.append((*ours, paper["accuracy"], f"{off:+.2f}", paper["source"] + doubt))
+    if differ and not lines:
+        lines.append((*ours, f"none: {min(differ, key=len)}", "", ""))
     return lines
 
 
 def beside(rows: list[table.Row]) -> list[str]:
     """Our figures beside the published ones, as lines of text."""
     published = read_papers()
-    lines, warnings = [("", "", "here", "published", "difference", "source")], []
+    lines = {("", "", "here", "published", "difference", "source"): None}
     for row in rows:
         for column, kind in row.figures:
-            if kind not in ("zero_shot", "baseline", "tuned") or column == "H":
-                continue
-            found = compare(row, column, kind, published)
-            lines += found
-            off = [abs(float(difference)) for *_, difference, _ in found if difference]
-            if kind == "zero_shot" and off and min(off) > 0.5:
-                test = tests_of(row, column)[0]
-                warnings.append(
-                    f"warning: zero-shot of {found[0][0]} is off by {min(off):.2f}: other weights, "
-                    f"template or test images? Here: {row.example['settings']['pretrained']}, "
-                    f"fingerprint {row.example['clip'][:8]}; {test['template']!r}; {test['n']} "
-                    f"images of {test['dataset']}"
-                )
-    none = "Of what is not listed, papers.csv has no figure."
-    return [table.markdown(list(dict.fromkeys(lines))), none, *dict.fromkeys(warnings)]
+            if kind in ("zero_shot", "baseline", "tuned") and column != "H":
+                lines |= dict.fromkeys(compare(row, column, kind, published))
+    return [table.markdown([*lines]), "Of what is not listed, papers.csv has no figure."]

@@ -88,14 +88,20 @@ def as_text(what: dict) -> str:
 
 
 def identity(result: dict) -> dict:
-    """All that a figure comes from, but the seed and its draw."""
+    """All that a figure comes from, but the seed and its draw; of settings what is not default."""
     settings = result["settings"]
-    kept = {key: value for key, value in settings.items() if key not in FREE}
-    trained = {key: value for key, value in result["training"].items() if key not in DRAWN}
-    kept |= {f"trained with {k}": v for k, v in trained.items() if settings.get(k) != v}
+    script = SCRIPTS.get(settings["method"])  # none of a method of one's own
+    usual = common.DEFAULTS | (script.defaults(settings) if script else {})
+    what = {"name": result["name"], "dataset": settings["dataset"], "shots": settings["shots"]}
+    for key, value in settings.items():
+        if key not in FREE and value != usual.get(key, ...):
+            what[key] = value
+    for key, value in result["training"].items():
+        if key not in DRAWN and value != settings.get(key):
+            what[f"trained with {key}"] = value
     for test in result["tests"]:
-        kept[f"images of {test['dataset']} {test_name(test)}"] = test["images"]
-    return kept | {"baseline": result["baseline_name"], "clip": result["clip"]}
+        what[f"images of {test['dataset']} {test_name(test)}"] = test["images"]
+    return what | {"baseline": result["baseline_name"], "clip": result["clip"]}
 
 
 def test_name(test: dict) -> str:
@@ -104,11 +110,10 @@ def test_name(test: dict) -> str:
 
 def label(rows: list[Row]) -> list[Row]:
     """Call each row by its method, dataset and shots, and what is not equal in others of these."""
-    heads = [[row.example["name"], row.dataset, f"{row.example['settings']['shots']} shots"]
-             for row in rows]  # fmt: skip
+    heads = [f"{row.what['name']}, {row.dataset}, {row.what['shots']} shots" for row in rows]
     for row, head in zip(rows, heads):
         alike = [other.what for other, same in zip(rows, heads) if same == head]
-        row.label = ", ".join([*head, *differing(row.what, alike)])
+        row.label = ", ".join([head, *differing(row.what, alike)])
     return rows
 
 
@@ -164,16 +169,9 @@ def finish(figures: dict[tuple, dict]) -> None:
 
 # Means over datasets ------------------------------------------------------------------------------
 def variant(row: Row) -> dict:
-    """What must be equal over datasets: all that is not a dataset's own, or its default."""
-    settings = row.example["settings"]
-    script = SCRIPTS.get(settings["method"])  # none of a method of one's own
-    usual = common.DEFAULTS | (script.defaults(settings) if script else {})
+    """What must be equal over datasets: all that is not a dataset's own."""
     own = ("dataset", "images", "trained with template")
-    kept = {"name": row.example["name"], "shots": settings["shots"]}
-    for key, value in identity(row.example).items():
-        if value != usual.get(key, ...) and not key.startswith(own):
-            kept[key] = value
-    return kept
+    return {key: value for key, value in row.what.items() if not key.startswith(own)}
 
 
 def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
@@ -305,10 +303,10 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> N
 def against_shots(rows: list[Row], measure: str) -> dict:
     """{dataset or mean: {line: points}} of the first test set, or of H, for `draw`. A line joins
     rows that differ in their shots alone; of zero-shot, that have the same CLIP."""
-    few = [row for row in rows if row.example["settings"]["shots"] != "all"]
+    few = [row for row in rows if row.what["shots"] != "all"]
     require(few, "--plot draws accuracy against shots: name runs of few shots")
     found = []
-    for row in sorted(few, key=lambda row: (len(row.parts), row.example["settings"]["shots"])):
+    for row in sorted(few, key=lambda row: (len(row.parts), row.what["shots"])):
         test = "H" if measure == "H" else next(iter(row.figures))[0]
         like = variant(row)
         shots = like.pop("shots")
