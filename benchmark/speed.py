@@ -13,10 +13,9 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import timer  # waits for a GPU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
 import common
@@ -170,13 +170,6 @@ def proreg_steps(clip: common.Clip, names: list[str]) -> dict:
     return {"plain": lambda: step(see), "ours": lambda: step(lambda images, index: table)}
 
 
-def now(device: str) -> float:
-    """The time, when the device has done all that was asked of it."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
     """Time both ways in turn, if there is memory for them, and check that they give the same."""
     found = {}
@@ -189,23 +182,20 @@ def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
     for ours, theirs in zip(found["ours"], found.get("plain", ())):
         off = ((ours - theirs).norm() / theirs.norm()).item()
         assert off < near, f"{title}: the two ways differ by {off:.1e}"
-    row, times = {"case": title}, {name: [] for name in found}
-    for _ in range(args.repeat):
-        for name in found:
-            start = now(args.device)
+    row = {"case": title} | {f"{name}_seconds": math.inf for name in found}
+    for _, name in itertools.product(range(args.repeat), found):
+        start = timer()
+        steps[name]()
+        row[f"{name}_seconds"] = min(row[f"{name}_seconds"], timer() - start)
+    for name in found if args.device != "cpu" else ():
+        torch.cuda.reset_peak_memory_stats()
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
             steps[name]()
-            times[name].append(now(args.device) - start)
-    for name in found:
-        row[f"{name}_seconds"] = min(times[name])
-        if args.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            with profile(activities=[ProfilerActivity.CUDA]) as record:
-                steps[name]()
-                torch.cuda.synchronize()
-            busy = sum(event.self_device_time_total for event in record.key_averages()) / 1e6
-            row[f"{name}_busy"] = min(1.0, busy / row[f"{name}_seconds"])
-            row[f"{name}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    plain, ours = (row.get(f"{name}_seconds", float("nan")) for name in ("plain", "ours"))
+            torch.cuda.synchronize()
+        busy = sum(event.self_device_time_total for event in record.key_averages()) / 1e6
+        row[f"{name}_busy"] = min(1.0, busy / row[f"{name}_seconds"])
+        row[f"{name}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    plain, ours = (row.get(f"{name}_seconds", math.nan) for name in ("plain", "ours"))
     row["ratio"] = plain / ours
     row["kernels"] = {name: count_kernels(steps[name]) for name in found}
     print(f"{title:44} {plain:9.4f} {ours:9.4f} {row['ratio']:7.1f} {row['kernels']}", flush=True)
@@ -229,24 +219,21 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.quick:
         sizes, few, six = [10], [5], six[::10]
     clip = make_clip(args)
-    cases = {}
+    cases = [(f"ProGrad, {C} names of ImageNet", prograd_steps, imagenet[:C]) for C in sizes]
+    cases += [(f"ProGrad, {len(six)} names of 6 tokens", prograd_steps, six)]
     for C in sizes:
-        cases[f"ProGrad, {C} names of ImageNet"] = partial(prograd_steps, clip, imagenet[:C])
-    cases[f"ProGrad, {len(six)} names of 6 tokens"] = partial(prograd_steps, clip, six)
-    for C in sizes:
-        fresh = partial(prograd_steps, clip, imagenet[:C], "fresh")
-        cases[f"ProGrad, {C} names, fresh views"] = fresh
-    tested = partial(prograd_steps, clip, imagenet[: few[0]], "evaluation")
-    cases[f"ProGrad, {few[0]} names, evaluation"] = tested
+        cases += [(f"ProGrad, {C} names, fresh views", prograd_steps, imagenet[:C], "fresh")]
+    tested = imagenet[: few[0]]
+    cases += [(f"ProGrad, {few[0]} names, evaluation", prograd_steps, tested, "evaluation")]
     for C, kind in itertools.product(few, ("global", "image")):
-        cases[f"VPT, {C} names, L = 10, {kind}"] = partial(vpt_steps, clip, imagenet[:C], kind)
-    cases["ProReg"] = partial(proreg_steps, clip, imagenet[: few[0]])
+        cases += [(f"VPT, {C} names, L = 10, {kind}", vpt_steps, imagenet[:C], kind)]
+    cases += [("ProReg", proreg_steps, tested)]
     device = ", ".join(subprocess.getoutput(GPU if gpu else CPU).splitlines())
     print(f"{device}\n{'':44} {'plain s':>9} {'ours s':>9} {'ratio':>7} kernels")
     about = {"device": device, "torch": torch.__version__, "precision": args.precision, "rows": []}
-    for title, make in cases.items():
+    for title, make, *given in cases:
         if args.only in title:
-            about["rows"].append(compare(title, make(), args))
+            about["rows"].append(compare(title, make(clip, *given), args))
             if args.out:  # after each case, for a run may be cut off
                 data.write(Path(args.out), json.dumps(about, indent=1).encode())
     return about["rows"]

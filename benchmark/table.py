@@ -11,6 +11,7 @@ what. "mean of N datasets" is first over datasets for each seed, then over seeds
 each run's H; "H of means" is the papers': of the mean accuracies, over seeds and datasets.
 """
 
+import csv
 import dataclasses
 import io
 import itertools
@@ -254,6 +255,119 @@ def list_runs(file: str) -> list[str]:
     return [str(folder) for folder in states["finished"].values()]
 
 
+# Published figures --------------------------------------------------------------------------------
+# papers.csv has a figure a row, and the file in which it was read. It stands beside ours where
+# protocol, backbone, method, dataset, classes, test set, shots, template and all settings that matter
+# are the paper's. Where they are not, no figure is shown, but what differs.
+SHIFTED = {"imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
+# Settings that a column of papers.csv speaks of, or that change no figure.
+SAID = {"dataset", "shots", "classes", "test_on", "template", "model", "pretrained", "paper",
+        "method", "precision"} | FREE  # fmt: skip
+# CoOp is λ = 0 from a random start; ProGrad++ a ProGrad with many templates.
+OWN = {"CoOp": {"lam": 0.0, "init": "random"}, "ProGrad++": {"teacher": "ensemble"}}
+UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
+
+
+def read_papers() -> list[dict]:
+    with open(Path(__file__).with_name("papers.csv"), encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["source"] += f" ({row['note']})" if row["note"] else ""
+    return rows
+
+
+def method_of(row: Row, kind: str) -> str | None:
+    """The method's name in papers.csv; None where its training is not a published one's."""
+    name, settings = row.titles()[kind], row.example["settings"]
+    scripts = {"CoOp": ["prograd"]}.get(name, SCRIPTS)  # vpt.py's base is trained as VPT is
+    if kind != "zero_shot" and settings["method"] not in scripts:
+        return None
+    many = name == "ProGrad" and settings["teacher"] == "ensemble"
+    return "ProGrad++" if many else name
+
+
+def place(row: Row, column: str, kind: str) -> dict[str, str]:
+    """Where in papers.csv a figure of ours stands."""
+    tests, dataset = tests_of(row, column), row.example["training"]["dataset"]
+    test_on = tests[0]["dataset"] if tests[0]["dataset"] != dataset else ""
+    if len(tests) > 1:
+        test_on = column.removesuffix(" others")
+    if row.parts:
+        eleven = {part.dataset for part in row.parts} == set(ELEVEN)
+        dataset = "mean of 11" if eleven else row.dataset
+    classes = "H" if column == "H of means" else tests[0]["classes"]
+    method = method_of(row, kind)
+    return {"method": method, "dataset": dataset, "test_on": test_on, "classes": classes}
+
+
+def tests_of(row: Row, column: str) -> list[dict]:
+    """The test sets that a column of the table is of."""
+    return columns_of(row.example)[SIDES[0] if column == "H of means" else column]
+
+
+def gaps(row: Row, column: str, kind: str, paper: dict) -> list[str]:
+    """What differs between a figure of ours and a published one."""
+    settings, trained = row.example["settings"], row.example["training"]
+    local = Path(settings["pretrained"] or "").exists()  # zero-shot tells whose weights it has
+    pairs = [
+        ("backbone", settings["model"].removesuffix("-quickgelu"), paper["backbone"]),
+        ("pretrained", "openai" if local else settings["pretrained"], "openai"),
+        ("test_part", settings["test_part"], "test"),
+    ]
+    templates = [(test["dataset"], test["template"]) for test in tests_of(row, column)]
+    if kind != "zero_shot":
+        own = data.SOURCES[trained["dataset"]].template
+        templates.append((trained["dataset"], trained["template"] or own))
+        away = {test["dataset"] for test in row.example["tests"]} - {trained["dataset"]}
+        inside = "base-to-new" if trained["classes"] == "base" else "few-shot"
+        outside = "domain-generalisation" if away <= SHIFTED else "cross-dataset"
+        pairs.append(("protocol", outside if away else inside, paper["protocol"]))
+        pairs.append(("shots", str(trained["shots"]), paper["shots"]))
+        script = SCRIPTS[settings["method"]]
+        usual = common.DEFAULTS | script.defaults(settings | {"paper": True})
+        usual |= OWN.get(paper["method"], {})
+        unread = SAID | UNREAD.get(paper["method"], set())
+        pairs += [(k, v, usual.get(k)) for k, v in settings.items() if k not in unread]
+    for dataset, template in templates:
+        own = data.SOURCES[dataset].template
+        pairs.append(("template", template, paper["template"].replace("dataset", own)))
+    return [f"{what} {ours} (published: {its})" for what, ours, its in pairs if ours != its]
+
+
+def compare(row: Row, column: str, kind: str, published: list[dict]) -> list[tuple]:
+    """Lines of the table: a figure of ours beside each published one, or beside what differs."""
+    result, test = row.example, tests_of(row, column)[0]
+    here, where = statistics.mean(row.figures[column, kind].values()), place(row, column, kind)
+    # Zero-shot stands in many rows: without their labels its lines are the same.
+    label = f"{row.dataset}, {result['settings']['model']}" if kind == "zero_shot" else row.label
+    ours = (label, f"{row.titles()[kind]}, {column}", f"{here:.2f}")
+    lines, differ = [], []
+    for paper in [paper for paper in published if paper | where == paper]:
+        gap = [text for part in row.parts or [row] for text in gaps(part, column, kind, paper)]
+        if gap:
+            differ.append("; ".join(dict.fromkeys(gap)))
+            continue
+        off = here - float(paper["accuracy"])
+        doubt = (f"; other weights, template or test images? Here: {result['clip'][:8]}, "
+                 f"{test['template']!r}, {test['n']} of {test['dataset']}")  # fmt: skip
+        doubt *= kind == "zero_shot" and abs(off) > 0.5
+        lines.append((*ours, paper["accuracy"], f"{off:+.2f}", paper["source"] + doubt))
+    if differ and not lines:
+        lines.append((*ours, f"none: {min(differ, key=len)}", "", ""))
+    return lines
+
+
+def beside(rows: list[Row]) -> list[str]:
+    """Our figures beside the published ones, as lines of text."""
+    published = read_papers()
+    lines = {("", "", "here", "published", "difference", "source"): None}
+    for row in rows:
+        for column, kind in row.figures:
+            if kind in ("zero_shot", "baseline", "tuned") and column != "H":
+                lines |= dict.fromkeys(compare(row, column, kind, published))
+    return [markdown([*lines]), "Of what is not listed, papers.csv has no figure."]
+
+
 # Plots --------------------------------------------------------------------------------------------
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
 MARKERS = "osD^vPX*"  # one more, so that both together repeat late
@@ -346,10 +460,8 @@ def main(argv: list[str] | None = None) -> None:
     if rows:
         print("\n".join([markdown(lines), *[f"note: {note}" for note in notes]]))
     if args.papers:
-        import papers
-
         require(args.measure == "accuracy", "--papers has accuracies: leave out --measure")
-        print("\n".join(["", *papers.beside(rows)]))
+        print("\n".join(["", *beside(rows)]))
     if args.plot:
         what = lines[0][0] if args.measure == "H" else f"{lines[0][0]} ({lines[0][3]})"
         draw(against_shots(rows, args.measure), Path(args.plot), SHOTS, what, shots=True)

@@ -1,7 +1,7 @@
 """Do the papers' claims hold on the toy world? Every run, its tables and pictures.
 
     python benchmark/toy_study.py run --jobs 2     # goes on where it was; results/toy/runs.jsonl
-    python benchmark/toy_study.py tables           # results/toy/tables.md and four pictures
+    python benchmark/toy_study.py tables           # results/toy/tables.md and three pictures
 
 toy_study.csv has a kind of run a line. What no flag says is the scripts' default, which follows the
 papers' regime. Test sets are read once. Paired: the same seed, images and batches.
@@ -44,20 +44,17 @@ PLANES = {  # tables whose first two columns are drawn: file, axes
 
 
 # 1. RUNS ------------------------------------------------------------------------------------------
-def read_plan() -> list[dict]:
-    """The lines of toy_study.csv: a kind of run each, that every task and seed has."""
-    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def study() -> list[tuple[str, dict, list[str]]]:
-    """(script, what the run is, its flags) of every run."""
+    """(script, what the run is, its flags) of every run: each line of toy_study.csv for every task
+    and seed."""
+    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+        plan = list(csv.DictReader(file))
     runs = []
-    for line in read_plan():
-        shared = ["--no-compare", *shlex.split(line["flags"])]
+    for line in plan:
         for task, seed in itertools.product(TASKS[line["tasks"]], SEEDS):
             what = {"part": line["part"], "method": line["method"], "task": task, "seed": seed}
-            flags = ["--dataset", task, "--seed", str(seed), *shared]
+            flags = ["--dataset", task, "--seed", str(seed), "--no-compare"]
+            flags += shlex.split(line["flags"])
             if line["shots"]:
                 what["shots"] = int(line["shots"])
                 flags += ["--shots", line["shots"]]
@@ -69,26 +66,22 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
     """One run in a folder that is thrown away → what is kept of it."""
     script, what, flags = job
     flags = [*flags, "--workers", "0"]  # a pool's processes may not start others
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "run")
-        cache = str(Path(tempfile.gettempdir(), "toy-study-cache"))
-        with contextlib.redirect_stdout(io.StringIO()):
-            result = table.SCRIPTS[script].main(
-                [*flags, "--out-dir", str(out), "--cache-dir", cache]
-            )
-        lines = common.read_metrics(out)
-    kept = {"H": result["harmonic_mean"], "seconds": result["seconds"]}
-    points = [(e + 1, line) for e, line in enumerate(lines) if "val_accuracy" in line]
-    names = ("val_accuracy", "cosine", "conflict")
-    kept["curve"] = [[e, *(round(line[name], 4) for name in names)] for e, line in points]
-    kept["tests"] = {
-        test["domain"] or test["classes"]: {
-            kind: [round(m[name], 4) for name in ("accuracy", "nll", "ece")]
-            for kind, m in common.measures(test).items()
-        }
-        for test in result["tests"]
-    }
-    return {"what": what, **kept}
+    flags += ["--cache-dir", f"{tempfile.gettempdir()}/toy-study-cache"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        result = table.SCRIPTS[script].main([*flags, "--out-dir", f"{folder}/run"])
+        lines = common.read_metrics(Path(folder, "run"))
+    kept = {"what": what, "H": result["harmonic_mean"], "seconds": result["seconds"]}
+    kept |= {"curve": [], "tests": {}}
+    for line in lines:
+        if "val_accuracy" in line:
+            numbers = [line["val_accuracy"], line["cosine"], line["conflict"]]
+            kept["curve"].append([line["epoch"] + 1, *np.round(numbers, 4).tolist()])
+    for test in result["tests"]:
+        kinds = kept["tests"][test["domain"] or test["classes"]] = {}
+        for kind, found in common.measures(test).items():
+            numbers = [found["accuracy"], found["nll"], found["ece"]]
+            kinds[kind] = np.round(numbers, 4).tolist()
+    return kept
 
 
 def read_runs() -> dict[str, dict]:
@@ -116,39 +109,36 @@ BASE_NEW = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE",
 def figures_of(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
     """{kind: {column: a value a seed}} of a method's runs, means over tasks: accuracies and ECE in
     %, NLL in 0.01 nats; "OOD" is of the other domains."""
-    found = defaultdict(list)  # {(kind, column, seed): a value a task}
+    found = defaultdict(lambda: defaultdict(list))  # {(kind, column): {seed: a value a task}}
     for row in rows:
         seed = row["what"]["seed"]
         for kind, h in row["H"].items():
-            found[kind, "H", seed].append(h)
+            found[kind, "H"][seed].append(h)
         for test, kinds in row["tests"].items():
             for kind, (accuracy, nll, ece) in kinds.items():
-                found[kind, test, seed].append(accuracy)
-                found[kind, f"{test} NLL", seed].append(100 * nll)
-                found[kind, f"{test} ECE", seed].append(ece)
+                found[kind, test][seed].append(accuracy)
+                found[kind, f"{test} NLL"][seed].append(100 * nll)
+                found[kind, f"{test} ECE"][seed].append(ece)
                 if test not in ("all", "base", "new"):
-                    found[kind, "OOD", seed].append(accuracy)
-    figures = defaultdict(lambda: defaultdict(list))
-    for (kind, column, _), values in found.items():  # seeds in the order of SEEDS
-        figures[kind][column].append(statistics.mean(values))
-    for columns in figures.values():
-        sides = ("base", "new") if "base" in columns else ("all", "OOD")
-        if "H" in columns:  # of accuracies that are averaged before
-            means = [statistics.mean(columns[side]) for side in sides]
-            columns["H of means"] = [common.harmonic_mean(*means)]
+                    found[kind, "OOD"][seed].append(accuracy)
+    figures = defaultdict(dict)
+    for (kind, column), values in found.items():
+        figures[kind][column] = [statistics.mean(values[seed]) for seed in SEEDS]
+    sides = ("base", "new") if "base" in rows[0]["tests"] else ("all", "OOD")
+    for kind in rows[0]["H"]:  # of accuracies that are averaged before
+        means = [statistics.mean(figures[kind][side]) for side in sides]
+        figures[kind]["H of means"] = [common.harmonic_mean(*means)]
     return figures
 
 
 def titled(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """{title: figures} of the methods of a table: zero-shot, each method as it was tuned, and what
-    the first two have as "extra"."""
+    """{title: figures} of a table: zero-shot, each method as it was tuned, and what the first two
+    have as "extra"."""
     groups = data.group(rows, lambda row: row["what"]["method"])
     methods = {method: figures_of(own) for method, own in groups.items()}
-    first, second, *_ = methods
-    found = {"zero-shot": methods[first]["zero_shot"]}
-    for method, kinds in methods.items():
-        found[method] = kinds["tuned"]
-    for method in (first, second):
+    found = {"zero-shot": next(iter(methods.values()))["zero_shot"]}
+    found |= {method: kinds["tuned"] for method, kinds in methods.items()}
+    for method in list(methods)[:2]:
         for kind, columns in methods[method].items():
             if kind not in ("zero_shot", "tuned"):
                 found[f"{method}, {kind.replace('_', ' ')}"] = columns
@@ -163,8 +153,7 @@ def lines_of(figures: dict[str, dict], columns: list[str]) -> list[list[str]]:
     lines = [["", *columns]]
     for title, own in figures.items():
         if title == "zero-shot":
-            means = [statistics.mean(own[column]) for column in columns]
-            lines.append([title, *map("{:.1f}".format, means)])
+            lines.append([title, *(f"{statistics.mean(own[column]):.1f}" for column in columns)])
             continue
         cells = [table.spread(own[column]) for column in columns]
         lines.append([f"{title} ({len(SEEDS)} seeds)", *cells])
