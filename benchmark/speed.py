@@ -16,6 +16,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark import timer  # waits for a GPU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds the scripts
 import common
@@ -170,6 +170,13 @@ def proreg_steps(clip: common.Clip, names: list[str]) -> dict:
     return {"plain": lambda: step(see), "ours": lambda: step(lambda images, index: table)}
 
 
+def now() -> float:
+    """The time, when all that was started has ended."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
     """Time both ways in turn, if there is memory for them, and check that they give the same."""
     found = {}
@@ -184,9 +191,9 @@ def compare(title: str, steps: dict, args: argparse.Namespace) -> dict:
         assert off < near, f"{title}: the two ways differ by {off:.1e}"
     row = {"case": title} | {f"{name}_seconds": math.inf for name in found}
     for _, name in itertools.product(range(args.repeat), found):
-        start = timer()
+        start = now()
         steps[name]()
-        row[f"{name}_seconds"] = min(row[f"{name}_seconds"], timer() - start)
+        row[f"{name}_seconds"] = min(row[f"{name}_seconds"], now() - start)
     for name in found if args.device != "cpu" else ():
         torch.cuda.reset_peak_memory_stats()
         with profile(activities=[ProfilerActivity.CUDA]) as record:

@@ -13,6 +13,7 @@ each run's H; "H of means" is the papers': of the mean accuracies, over seeds an
 
 import csv
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -91,8 +92,7 @@ def as_text(what: dict) -> str:
 def identity(result: dict) -> dict:
     """All that a figure comes from, but the seed and its draw; of settings what is not default."""
     settings = result["settings"]
-    script = SCRIPTS.get(settings["method"])  # none of a method of one's own
-    usual = common.DEFAULTS | (script.defaults(settings) if script else {})
+    usual = defaults_of(settings)
     what = {"name": result["name"], "dataset": settings["dataset"], "shots": settings["shots"]}
     for key, value in settings.items():
         if key not in FREE and value != usual.get(key, ...):
@@ -103,6 +103,11 @@ def identity(result: dict) -> dict:
     for test in result["tests"]:
         what[f"images of {test['dataset']} {test_name(test)}"] = test["images"]
     return what | {"baseline": result["baseline_name"], "clip": result["clip"]}
+
+
+def defaults_of(settings: dict) -> dict:
+    script = SCRIPTS.get(settings["method"])  # none of a method of one's own
+    return common.DEFAULTS | (script.defaults(settings) if script else {})
 
 
 def test_name(test: dict) -> str:
@@ -179,9 +184,11 @@ def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
     """A row for each set of rows that differ in the dataset alone, and what is missing in it."""
     means, notes = [], []
     for parts in data.group(rows, lambda row: as_text(variant(row))).values():
-        names = {row.dataset for row in parts}
-        if len(names) == 1:
+        names = [row.dataset for row in parts]
+        if len(set(names)) == 1:
             continue
+        twice = f"{parts[0].label}: a dataset is there twice, with other images: name fewer runs"
+        require(len(set(names)) == len(names), twice)
         seeds = sorted(set.intersection(*(set(row.seeds) for row in parts)))
         mean = dataclasses.replace(parts[0], parts=parts, seeds=seeds, what=variant(parts[0]))
         mean.dataset = f"mean of {len(parts)} datasets"
@@ -192,16 +199,13 @@ def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
         }
         means.append(mean)
     for mean in label(means):
-        names = [row.dataset for row in mean.parts]
         every = set.union(*(set(row.seeds) for row in mean.parts))
         lacks = [f"seed {seed} of {row.dataset} (left out of all)"
                  for row in mean.parts for seed in sorted(every - set(row.seeds))]  # fmt: skip
-        if set(names) < set(ELEVEN):
+        names = {row.dataset for row in mean.parts}
+        if names < set(ELEVEN):
             lacks += ["of the papers' eleven " + ", ".join(n for n in ELEVEN if n not in names)]
         notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
-        if len(set(names)) < len(names):
-            notes.append(f"no {mean.label}: a dataset is there twice")
-            mean.seeds = []
     return [mean for mean in means if mean.seeds], notes
 
 
@@ -256,15 +260,16 @@ def list_runs(file: str) -> list[str]:
 
 
 # Published figures --------------------------------------------------------------------------------
-# papers.csv has a figure a row, and the file in which it was read. It stands beside ours where
-# protocol, backbone, method, dataset, classes, test set, shots, template and all settings that matter
-# are the paper's. Where they are not, no figure is shown, but what differs.
+# A figure of papers.csv stands beside ours where protocol, backbone, method, dataset, classes, test
+# set, shots, template and all settings that matter are the paper's; else what differs does.
 SHIFTED = {"imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
 # Settings that a column of papers.csv speaks of, or that change no figure.
 SAID = {"dataset", "shots", "classes", "test_on", "template", "model", "pretrained", "paper",
-        "method", "precision"} | FREE  # fmt: skip
-# CoOp is λ = 0 from a random start; ProGrad++ a ProGrad with many templates.
-OWN = {"CoOp": {"lam": 0.0, "init": "random"}, "ProGrad++": {"teacher": "ensemble"}}
+        "precision"} | FREE  # fmt: skip
+# What is not the script's default. CoOp is λ = 0 from a random start.
+OWN = {"CoOp": {"method": "prograd", "lam": 0.0, "init": "random"}, "VPT": {"method": "vpt"},
+       "ProGrad": {"method": "prograd"},
+       "ProGrad++": {"method": "prograd", "teacher": "ensemble"}}  # fmt: skip
 UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
 
 
@@ -274,16 +279,6 @@ def read_papers() -> list[dict]:
     for row in rows:
         row["source"] += f" ({row['note']})" if row["note"] else ""
     return rows
-
-
-def method_of(row: Row, kind: str) -> str | None:
-    """The method's name in papers.csv; None where its training is not a published one's."""
-    name, settings = row.titles()[kind], row.example["settings"]
-    scripts = {"CoOp": ["prograd"]}.get(name, SCRIPTS)  # vpt.py's base is trained as VPT is
-    if kind != "zero_shot" and settings["method"] not in scripts:
-        return None
-    many = name == "ProGrad" and settings["teacher"] == "ensemble"
-    return "ProGrad++" if many else name
 
 
 def place(row: Row, column: str, kind: str) -> dict[str, str]:
@@ -296,13 +291,15 @@ def place(row: Row, column: str, kind: str) -> dict[str, str]:
         eleven = {part.dataset for part in row.parts} == set(ELEVEN)
         dataset = "mean of 11" if eleven else row.dataset
     classes = "H" if column == "H of means" else tests[0]["classes"]
-    method = method_of(row, kind)
+    method = row.titles()[kind]
+    if method == "ProGrad" and row.example["settings"].get("teacher") == "ensemble":
+        method = "ProGrad++"  # with many templates
     return {"method": method, "dataset": dataset, "test_on": test_on, "classes": classes}
 
 
 def tests_of(row: Row, column: str) -> list[dict]:
-    """The test sets that a column of the table is of."""
-    return columns_of(row.example)[SIDES[0] if column == "H of means" else column]
+    """The test sets that a column of the table is of; of H the first."""
+    return columns_of(row.example).get(column, row.example["tests"][:1])
 
 
 def gaps(row: Row, column: str, kind: str, paper: dict) -> list[str]:
@@ -323,9 +320,7 @@ def gaps(row: Row, column: str, kind: str, paper: dict) -> list[str]:
         outside = "domain-generalisation" if away <= SHIFTED else "cross-dataset"
         pairs.append(("protocol", outside if away else inside, paper["protocol"]))
         pairs.append(("shots", str(trained["shots"]), paper["shots"]))
-        script = SCRIPTS[settings["method"]]
-        usual = common.DEFAULTS | script.defaults(settings | {"paper": True})
-        usual |= OWN.get(paper["method"], {})
+        usual = defaults_of(settings | {"paper": True}) | OWN.get(paper["method"], {})
         unread = SAID | UNREAD.get(paper["method"], set())
         pairs += [(k, v, usual.get(k)) for k, v in settings.items() if k not in unread]
     for dataset, template in templates:
@@ -372,7 +367,7 @@ def beside(rows: list[Row]) -> list[str]:
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
 MARKERS = "osD^vPX*"  # one more, so that both together repeat late
 STYLE = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
-         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+         "grid.alpha": 0.3, "lines.markersize": 4, "errorbar.capsize": 2, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}  # the same bytes always
 SHOTS = "training images a class"
 
@@ -380,16 +375,15 @@ SHOTS = "training images a class"
 def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> None:
     """{panel: {line: [(x, y, standard error of y, of x), ...]}} to FILE.{svg,png,pdf}; errors may
     be left out. shots: x by powers of 2."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise data.UserError("plots need matplotlib: pip install matplotlib") from error
+    require(importlib.util.find_spec("matplotlib"), "plots need it: pip install matplotlib")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     kind = path.suffix[1:]
     require(kind in UNDATED, f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
-    size = (6.8, 3.8) if len(panels) == 1 else (2.6 * across + 1.6, 2.3 * down + 0.6)
+    size = (max(6.8, 2.6 * across + 1.6), max(3.8, 2.3 * down + 0.6))
     names = list(dict.fromkeys(itertools.chain(*panels.values())))
     drawn = {}
     with matplotlib.rc_context(STYLE):
@@ -399,9 +393,7 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> N
             for name, points in lines.items():
                 k = names.index(name)
                 look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
-                drawn[name] = axes.errorbar(
-                    *zip(*points), markersize=4, capsize=2, elinewidth=0.8, **look
-                )
+                drawn[name] = axes.errorbar(*zip(*points), elinewidth=0.8, **look)
             if shots:
                 xs = sorted({point[0] for points in lines.values() for point in points})
                 axes.set_xscale("log", base=2)

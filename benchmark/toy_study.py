@@ -106,61 +106,59 @@ def run_study(jobs: int) -> None:
 BASE_NEW = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
 
 
-def figures_of(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """{kind: {column: a value a seed}} of a method's runs, means over tasks: accuracies and ECE in
-    %, NLL in 0.01 nats; "OOD" is of the other domains."""
-    found = defaultdict(lambda: defaultdict(list))  # {(kind, column): {seed: a value a task}}
-    for row in rows:
-        seed = row["what"]["seed"]
-        for kind, h in row["H"].items():
-            found[kind, "H"][seed].append(h)
-        for test, kinds in row["tests"].items():
-            for kind, (accuracy, nll, ece) in kinds.items():
-                found[kind, test][seed].append(accuracy)
-                found[kind, f"{test} NLL"][seed].append(100 * nll)
-                found[kind, f"{test} ECE"][seed].append(ece)
-                if test not in ("all", "base", "new"):
-                    found[kind, "OOD"][seed].append(accuracy)
-    figures = defaultdict(dict)
-    for (kind, column), values in found.items():
-        figures[kind][column] = [statistics.mean(values[seed]) for seed in SEEDS]
-    sides = ("base", "new") if "base" in rows[0]["tests"] else ("all", "OOD")
-    for kind in rows[0]["H"]:  # of accuracies that are averaged before
-        means = [statistics.mean(figures[kind][side]) for side in sides]
-        figures[kind]["H of means"] = [common.harmonic_mean(*means)]
-    return figures
+def value(row: dict, kind: str, column: str) -> float:
+    """A figure of a run: accuracy of a test set in %, "base NLL" in 0.01 nats, "new ECE" in %;
+    "OOD" is the mean over the other domains."""
+    if column == "H":
+        return row["H"][kind]
+    test, _, what = column.partition(" ")
+    index, factor = {"": (0, 1), "NLL": (1, 100), "ECE": (2, 1)}[what]
+    others = [name for name in row["tests"] if name not in ("all", "base", "new")]
+    names = others if test == "OOD" else [test]
+    return factor * statistics.mean(row["tests"][name][kind][index] for name in names)
 
 
-def titled(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """{title: figures} of a table: zero-shot, each method as it was tuned, and what the first two
-    have as "extra"."""
-    groups = data.group(rows, lambda row: row["what"]["method"])
-    methods = {method: figures_of(own) for method, own in groups.items()}
-    found = {"zero-shot": next(iter(methods.values()))["zero_shot"]}
-    found |= {method: kinds["tuned"] for method, kinds in methods.items()}
+def by_seed(rows: list[dict], kind: str, column: str) -> list[float]:
+    """Means over the tasks of a method, one a seed. Of "H of means" one: accuracies are averaged
+    before."""
+    if column == "H of means":
+        sides = ("base", "new") if "base" in rows[0]["tests"] else ("all", "OOD")
+        means = [statistics.mean(value(row, kind, side) for row in rows) for side in sides]
+        return [common.harmonic_mean(*means)]
+    seeds = data.group(rows, lambda row: row["what"]["seed"])
+    return [statistics.mean(value(row, kind, column) for row in seeds[seed]) for seed in SEEDS]
+
+
+def titled(rows: list[dict]) -> dict[str, tuple[list[dict], str]]:
+    """{title: runs, and what was measured of them}: zero-shot, each method as it was tuned, and
+    what the first two have as "extra"."""
+    methods = data.group(rows, lambda row: row["what"]["method"])
+    found = {"zero-shot": (next(iter(methods.values())), "zero_shot")}
+    found |= {method: (runs, "tuned") for method, runs in methods.items()}
     for method in list(methods)[:2]:
-        for kind, columns in methods[method].items():
+        for kind in next(iter(methods[method][0]["tests"].values())):
             if kind not in ("zero_shot", "tuned"):
-                found[f"{method}, {kind.replace('_', ' ')}"] = columns
+                found[f"{method}, {kind.replace('_', ' ')}"] = (methods[method], kind)
     return found
 
 
-def lines_of(figures: dict[str, dict], columns: list[str]) -> list[list[str]]:
-    """The table, with paired differences to the first method and to a method that does without
-    projection or weights."""
+def lines_of(rows: list[dict], columns: list[str]) -> list[list[str]]:
+    """A table of runs, with paired differences to the first method and to a method that does
+    without projection or weights."""
+    figures = {title: [by_seed(*which, column) for column in columns]
+               for title, which in titled(rows).items()}  # fmt: skip
     _, first, *_ = figures
     rivals = [first, *(method for method in ("CE + KL", "KD") if method in figures)]
     lines = [["", *columns]]
-    for title, own in figures.items():
+    for title, found in figures.items():
         if title == "zero-shot":
-            lines.append([title, *(f"{statistics.mean(own[column]):.1f}" for column in columns)])
+            lines.append([title, *(f"{statistics.mean(values):.1f}" for values in found)])
             continue
-        cells = [table.spread(own[column]) for column in columns]
-        lines.append([f"{title} ({len(SEEDS)} seeds)", *cells])
+        lines.append([f"{title} ({len(SEEDS)} seeds)", *map(table.spread, found)])
         for rival in rivals[:1] if title.startswith(tuple(rivals)) else rivals:
             if title != first:
-                pairs = [zip(own[column], figures[rival][column]) for column in columns]
-                cells = [table.spread([a - b for a, b in pair], paired=True) for pair in pairs]
+                pairs = [np.subtract(*both).tolist() for both in zip(found, figures[rival])]
+                cells = [table.spread(pair, paired=True) for pair in pairs]
                 lines.append([f"… minus {rival}", *cells])
     return lines
 
@@ -198,16 +196,16 @@ def write_tables() -> None:
         columns = BASE_NEW if name.endswith("six tasks") else ["all", "OOD", "H", "H of means"]
         if name.startswith("all classes"):
             columns = ["all", "all NLL", "all ECE"]
-        figures = titled(rows)
-        parts += [f"\n## {name}", table.markdown(lines_of(figures, columns))]
+        parts += [f"\n## {name}", table.markdown(lines_of(rows, columns))]
+        which = titled(rows)
         if name.startswith("base to new"):
             for title in ("zero-shot", "CoOp", "ProGrad", "CE + KL"):
-                point = (rows[0]["what"]["shots"], *table.mean_and_error(figures[title]["H"]))
-                shots[title].append(point)
+                h = table.mean_and_error(by_seed(*which[title], "H"))
+                shots[title].append((rows[0]["what"]["shots"], *h))
         if name in PLANES:
             planes[name] = defaultdict(list)
-            for title, own in figures.items():
-                x, y = (table.mean_and_error(own[column]) for column in columns[:2])
+            for title, runs in which.items():
+                x, y = (table.mean_and_error(by_seed(*runs, column)) for column in columns[:2])
                 line = re.sub(r"^.*, (.*) 0\.[357]$", r"\1 with zero-shot", title)
                 planes[name][line].append((x[0], *y, x[1]))
     parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(curves)]
