@@ -51,17 +51,10 @@ class Row:
     dataset: str  # or "mean of N datasets"
     what: dict  # all that its figures come from, but the draw; of a mean, but the dataset
     example: dict  # result.json of one of its runs
-    figures: dict[tuple, dict]  # {(column, zero_shot or baseline or ..): {seed: value}}
+    figures: dict[tuple, dict]  # {(column, "zero-shot" or a method or ..): {seed: value}}
     seeds: list[int]
     parts: list["Row"] = ()  # of a mean: the rows
     label: str = ""
-
-    def titles(self) -> dict[str, str]:
-        """What a table calls zero_shot, baseline and so on."""
-        name, baseline = self.example["name"], self.example["baseline_name"]
-        found = {kind: kind.replace("_", " ") for _, kind in self.figures}
-        found |= {"zero_shot": "zero-shot", "baseline": baseline, "tuned": name}
-        return found | {"difference": f"{name} − {baseline}"}
 
 
 def read_rows(folders: list[str], measure: str) -> list[Row]:
@@ -151,26 +144,31 @@ def columns_of(result: dict) -> dict[str, list[dict]]:
 
 
 def figures_of(result: dict, measure: str) -> dict[tuple[str, str], float]:
-    """{(column, zero_shot or baseline or ..): the run's figure}."""
+    """{(column, title): the run's figure}."""
+    titles = {"zero_shot": "zero-shot", "baseline": result["baseline_name"]}
+    titles["tuned"] = result["name"]
     found = {}
     for column, tests in columns_of(result).items():
         key = "accuracy" if column in SIDES else measure
         for kind in common.measures(tests[0]):
             values = [common.measures(test)[kind][key] for test in tests]
             found[column, kind] = statistics.mean(values)
-    return found | {("H", kind): h for kind, h in result["harmonic_mean"].items()}
+    found |= {("H", kind): h for kind, h in result["harmonic_mean"].items()}
+    return {(column, titles.get(kind, kind.replace("_", " "))): value
+            for (column, kind), value in found.items()}  # fmt: skip
 
 
-def finish(figures: dict[tuple, dict]) -> None:
+def finish(row: Row) -> None:
     """Put the papers' H, of accuracies that are averaged first, in the place of these; add paired
     differences."""
-    for kind in [kind for test, kind in figures if test == "H"]:
-        a, b = (statistics.mean(figures.pop((side, kind)).values()) for side in SIDES)
-        figures["H of means", kind] = {0: common.harmonic_mean(a, b)}
-    for test in [test for test, kind in figures if kind == "baseline"]:
-        plain = figures[test, "baseline"]
-        pairs = {seed: value - plain[seed] for seed, value in figures[test, "tuned"].items()}
-        figures[test, "difference"] = pairs
+    figures, name, plain = row.figures, row.example["name"], row.example["baseline_name"]
+    for title in [title for column, title in figures if column == "H"]:
+        a, b = (statistics.mean(figures.pop((side, title)).values()) for side in SIDES)
+        figures["H of means", title] = {0: common.harmonic_mean(a, b)}
+    for column in [column for column, title in figures if title == plain]:
+        base = figures[column, plain]
+        pairs = {seed: value - base[seed] for seed, value in figures[column, name].items()}
+        figures[column, f"{name} − {plain}"] = pairs
 
 
 # Means over datasets ------------------------------------------------------------------------------
@@ -232,10 +230,10 @@ def table(rows: list[Row], measure: str) -> list[list[str]]:
     if measure != "accuracy":
         tests = [test for test in tests if (test in ("H", "H of means")) == (measure == "H")]
     for row in rows:
-        for kind in dict.fromkeys(kind for _, kind in row.figures):
-            found = [list(row.figures.get((test, kind), {}).values()) for test in tests]
-            cells = [spread(v, digits, kind == "difference") if v else "" for v in found]
-            lines.append([row.label, str(len(row.seeds)), row.titles()[kind], *cells])
+        for title in dict.fromkeys(title for _, title in row.figures):
+            found = [list(row.figures.get((test, title), {}).values()) for test in tests]
+            cells = [spread(v, digits, " − " in title) if v else "" for v in found]
+            lines.append([row.label, str(len(row.seeds)), title, *cells])
     return [[MEASURES[measure][1], "seeds", "", *tests], *lines]
 
 
@@ -273,15 +271,7 @@ OWN = {"CoOp": {"method": "prograd", "lam": 0.0, "init": "random"}, "VPT": {"met
 UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
 
 
-def read_papers() -> list[dict]:
-    with open(Path(__file__).with_name("papers.csv"), encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row["source"] += f" ({row['note']})" if row["note"] else ""
-    return rows
-
-
-def place(row: Row, column: str, kind: str) -> dict[str, str]:
+def place(row: Row, column: str, title: str) -> dict[str, str]:
     """Where in papers.csv a figure of ours stands."""
     tests, dataset = tests_of(row, column), row.example["training"]["dataset"]
     test_on = tests[0]["dataset"] if tests[0]["dataset"] != dataset else ""
@@ -291,10 +281,9 @@ def place(row: Row, column: str, kind: str) -> dict[str, str]:
         eleven = {part.dataset for part in row.parts} == set(ELEVEN)
         dataset = "mean of 11" if eleven else row.dataset
     classes = "H" if column == "H of means" else tests[0]["classes"]
-    method = row.titles()[kind]
-    if method == "ProGrad" and row.example["settings"].get("teacher") == "ensemble":
-        method = "ProGrad++"  # with many templates
-    return {"method": method, "dataset": dataset, "test_on": test_on, "classes": classes}
+    if title == "ProGrad" and row.example["settings"].get("teacher") == "ensemble":
+        title = "ProGrad++"  # with many templates
+    return {"method": title, "dataset": dataset, "test_on": test_on, "classes": classes}
 
 
 def tests_of(row: Row, column: str) -> list[dict]:
@@ -302,7 +291,7 @@ def tests_of(row: Row, column: str) -> list[dict]:
     return columns_of(row.example).get(column, row.example["tests"][:1])
 
 
-def gaps(row: Row, column: str, kind: str, paper: dict) -> list[str]:
+def gaps(row: Row, column: str, title: str, paper: dict) -> list[str]:
     """What differs between a figure of ours and a published one."""
     settings, trained = row.example["settings"], row.example["training"]
     local = Path(settings["pretrained"] or "").exists()  # zero-shot tells whose weights it has
@@ -312,7 +301,7 @@ def gaps(row: Row, column: str, kind: str, paper: dict) -> list[str]:
         ("test_part", settings["test_part"], "test"),
     ]
     templates = [(test["dataset"], test["template"]) for test in tests_of(row, column)]
-    if kind != "zero_shot":
+    if title != "zero-shot":
         own = data.SOURCES[trained["dataset"]].template
         templates.append((trained["dataset"], trained["template"] or own))
         away = {test["dataset"] for test in row.example["tests"]} - {trained["dataset"]}
@@ -329,37 +318,36 @@ def gaps(row: Row, column: str, kind: str, paper: dict) -> list[str]:
     return [f"{what} {ours} (published: {its})" for what, ours, its in pairs if ours != its]
 
 
-def compare(row: Row, column: str, kind: str, published: list[dict]) -> list[tuple]:
+def compare(row: Row, column: str, title: str, published: list[dict]) -> list[tuple]:
     """Lines of the table: a figure of ours beside each published one, or beside what differs."""
-    result, test = row.example, tests_of(row, column)[0]
-    here, where = statistics.mean(row.figures[column, kind].values()), place(row, column, kind)
+    here, where = statistics.mean(row.figures[column, title].values()), place(row, column, title)
     # Zero-shot stands in many rows: without their labels its lines are the same.
-    label = f"{row.dataset}, {result['settings']['model']}" if kind == "zero_shot" else row.label
-    ours = (label, f"{row.titles()[kind]}, {column}", f"{here:.2f}")
+    model = f"{row.dataset}, {row.example['settings']['model']}"
+    ours = (model if title == "zero-shot" else row.label, f"{title}, {column}", f"{here:.2f}")
     lines, differ = [], []
     for paper in [paper for paper in published if paper | where == paper]:
-        gap = [text for part in row.parts or [row] for text in gaps(part, column, kind, paper)]
+        gap = [text for part in row.parts or [row] for text in gaps(part, column, title, paper)]
         if gap:
             differ.append("; ".join(dict.fromkeys(gap)))
             continue
-        off = here - float(paper["accuracy"])
-        doubt = (f"; other weights, template or test images? Here: {result['clip'][:8]}, "
-                 f"{test['template']!r}, {test['n']} of {test['dataset']}")  # fmt: skip
-        doubt *= kind == "zero_shot" and abs(off) > 0.5
-        lines.append((*ours, paper["accuracy"], f"{off:+.2f}", paper["source"] + doubt))
+        off, note = here - float(paper["accuracy"]), paper["note"]
+        if title == "zero-shot" and abs(off) > 0.5:
+            note += " other weights, template or test images?"
+        lines.append((*ours, paper["accuracy"], f"{off:+.2f}", paper["source"], note))
     if differ and not lines:
-        lines.append((*ours, f"none: {min(differ, key=len)}", "", ""))
+        lines.append((*ours, f"none: {min(differ, key=len)}", "", "", ""))
     return lines
 
 
 def beside(rows: list[Row]) -> list[str]:
     """Our figures beside the published ones, as lines of text."""
-    published = read_papers()
-    lines = {("", "", "here", "published", "difference", "source"): None}
+    with open(Path(__file__).with_name("papers.csv"), encoding="utf-8", newline="") as file:
+        published = list(csv.DictReader(file))
+    lines = {("", "", "here", "published", "difference", "source", "note"): None}
     for row in rows:
-        for column, kind in row.figures:
-            if kind in ("zero_shot", "baseline", "tuned") and column != "H":
-                lines |= dict.fromkeys(compare(row, column, kind, published))
+        for column, title in row.figures:
+            if column != "H":
+                lines |= dict.fromkeys(compare(row, column, title, published))
     return [markdown([*lines]), "Of what is not listed, papers.csv has no figure."]
 
 
@@ -367,7 +355,8 @@ def beside(rows: list[Row]) -> list[str]:
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
 MARKERS = "osD^vPX*"  # one more, so that both together repeat late
 STYLE = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
-         "grid.alpha": 0.3, "lines.markersize": 4, "errorbar.capsize": 2, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+         "lines.markersize": 4, "errorbar.capsize": 2}  # fmt: skip
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}  # the same bytes always
 SHOTS = "training images a class"
 
@@ -416,11 +405,11 @@ def against_shots(rows: list[Row], measure: str) -> dict:
         test = "H" if measure == "H" else next(iter(row.figures))[0]
         like = variant(row)
         shots = like.pop("shots")
-        for kind in ("zero_shot", "baseline", "tuned"):
-            if (test, kind) in row.figures:
-                what = {"clip": like["clip"]} if kind == "zero_shot" else like
-                point = (shots, *mean_and_error([*row.figures[test, kind].values()]))
-                found.append((row.dataset, row.titles()[kind], what, point))
+        for title in ("zero-shot", row.example["baseline_name"], row.example["name"]):
+            if (test, title) in row.figures:
+                what = {"clip": like["clip"]} if title == "zero-shot" else like
+                point = (shots, *mean_and_error([*row.figures[test, title].values()]))
+                found.append((row.dataset, title, what, point))
     panels = {}
     for panel, title, what, point in found:
         alike = [other for _, same, other, _ in found if same == title]
@@ -447,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     means, notes = mean_rows(rows)
     rows += means
     for row in rows:
-        finish(row.figures)
+        finish(row)
     lines = table(rows, args.measure)
     if rows:
         print("\n".join([markdown(lines), *[f"note: {note}" for note in notes]]))

@@ -166,13 +166,11 @@ def lines_of(rows: list[dict], columns: list[str]) -> list[list[str]]:
 def curves_of(runs: list[dict]) -> list[list[str]]:
     """A table of what a run's epochs show, means over tasks and seeds."""
     lines = []
+    shown = {"accuracy on validation images, %": 1, "cosine": 2, "conflicts": 2}
     for method, rows in data.group(runs, lambda row: row["what"]["method"]).items():
-        means = np.mean([row["curve"] for row in rows], axis=0)  # [epochs, 4]
-        epochs, accuracies, cosines, conflicts = means.T
-        cells = map("{:.1f}".format, accuracies)
-        lines.append([f"{method}: accuracy on validation images, %", *cells])
-        lines.append([f"{method}: cosine", *map("{:.2f}".format, cosines)])
-        lines.append([f"{method}: conflicts", *map("{:.2f}".format, conflicts)])
+        epochs, *means = np.mean([row["curve"] for row in rows], axis=0).T
+        for (what, digits), values in zip(shown.items(), means):
+            lines.append([f"{method}: {what}", *(f"{x:.{digits}f}" for x in values)])
     return [["epoch", *map("{:.0f}".format, epochs)], *lines]
 
 
