@@ -108,10 +108,12 @@ def prograd_steps(clip: common.Clip, names: list[str], kind: str = "step") -> di
     learner = prograd.PromptLearner(clip, 0.02 * torch.randn(M, clip.width, device=clip.device))
     settings = argparse.Namespace(temperature=1.0, rule="project", lam=1.0)
     packed = learner.names(names)
-    images = random_images(clip, B) if kind == "fresh" else None
+    images = random_images(clip, B)
 
     def step(encodings):
-        features = [encode(clip, images) for _ in range(encodings)][-1] if kind == "fresh" else x
+        features = x
+        for _ in range(encodings):
+            features = encode(clip, images)
         numbers = prograd.step(learner, packed, teacher, features, labels, settings)
         return numbers[:2], learner.context.grad
 
@@ -121,9 +123,9 @@ def prograd_steps(clip: common.Clip, names: list[str], kind: str = "step") -> di
         parts = [clip.scale * part @ F.normalize(learner(packed)).T for part in tested.split(size)]
         return [torch.cat(parts)]
 
-    work, sizes = (evaluate, (100, 10_000)) if kind == "evaluation" else (step, (2, 1))
-    theirs = papers_way(lambda: work(sizes[0]), clip, names, M)
-    return {"plain": theirs, "ours": lambda: work(sizes[1])}
+    works = {"step": (step, 0, 0), "fresh": (step, 2, 1), "evaluation": (evaluate, 100, 10_000)}
+    work, theirs, ours = works[kind]
+    return {"plain": papers_way(lambda: work(theirs), clip, names, M), "ours": lambda: work(ours)}
 
 
 def vpt_steps(clip: common.Clip, names: list[str], kind: str = "global") -> dict:

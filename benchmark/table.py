@@ -54,6 +54,7 @@ class Row:
     figures: dict[tuple, dict]  # {(column, "zero-shot" or a method or ..): {seed: value}}
     seeds: list[int]
     parts: list["Row"] = ()  # of a mean: the rows
+    words: list[str] = ()  # what is not equal in other rows of the method
     label: str = ""
 
 
@@ -108,23 +109,19 @@ def test_name(test: dict) -> str:
 
 
 def label(rows: list[Row]) -> list[Row]:
-    """Call each row by its method, dataset and shots, and what is not equal in others of these."""
-    heads = [f"{row.what['name']}, {row.dataset}, {row.what['shots']} shots" for row in rows]
-    for row, head in zip(rows, heads):
-        alike = [other.what for other, same in zip(rows, heads) if same == head]
-        row.label = ", ".join([head, *differing(row.what, alike)])
+    """Call each row by its method, dataset and shots, and what is not equal in all of the method.
+    That others lack a test set goes without saying, that it was trained elsewhere never does."""
+    for row in rows:
+        name, shots = row.what["name"], row.what["shots"]
+        others = [other.what for other in rows if other.what["name"] == name]
+        row.words = []
+        for key in row.what.keys() - {"dataset", "shots"}:
+            values = [o.get(key) for o in others if key in o or not key.startswith("images")]
+            if key == "trained with dataset" or any(value != row.what[key] for value in values):
+                row.words.append(f"{key} {row.what[key]}")
+        row.words.sort()
+        row.label = ", ".join([name, row.dataset, f"{shots} shots", *row.words])
     return rows
-
-
-def differing(what: dict, others: list[dict]) -> list[str]:
-    """ "key value" of what is not equal in all; that others lack a test set goes without saying,
-    and that it was trained elsewhere never does."""
-    found = []
-    for key, value in what.items():
-        others_have = [o.get(key) for o in others if key in o or not key.startswith("images")]
-        if key == "trained with dataset" or any(other != value for other in others_have):
-            found.append(f"{key} {value}")
-    return found
 
 
 def columns_of(result: dict) -> dict[str, list[dict]]:
@@ -302,13 +299,14 @@ def gaps(row: Row, column: str, title: str, paper: dict) -> list[str]:
     ]
     templates = [(test["dataset"], test["template"]) for test in tests_of(row, column)]
     if title != "zero-shot":
-        own = data.SOURCES[trained["dataset"]].template
-        templates.append((trained["dataset"], trained["template"] or own))
+        own = trained["template"] or data.SOURCES[trained["dataset"]].template
+        templates.append((trained["dataset"], own))
         away = {test["dataset"] for test in row.example["tests"]} - {trained["dataset"]}
-        inside = "base-to-new" if trained["classes"] == "base" else "few-shot"
-        outside = "domain-generalisation" if away <= SHIFTED else "cross-dataset"
-        pairs.append(("protocol", outside if away else inside, paper["protocol"]))
-        pairs.append(("shots", str(trained["shots"]), paper["shots"]))
+        protocol = "base-to-new" if trained["classes"] == "base" else "few-shot"
+        if away:
+            protocol = "domain-generalisation" if away <= SHIFTED else "cross-dataset"
+        pairs += [("protocol", protocol, paper["protocol"])]
+        pairs += [("shots", str(trained["shots"]), paper["shots"])]
         usual = defaults_of(settings | {"paper": True}) | OWN.get(paper["method"], {})
         unread = SAID | UNREAD.get(paper["method"], set())
         pairs += [(k, v, usual.get(k)) for k, v in settings.items() if k not in unread]
@@ -400,25 +398,20 @@ def against_shots(rows: list[Row], measure: str) -> dict:
     rows that differ in their shots alone; of zero-shot, that have the same CLIP."""
     few = [row for row in rows if row.what["shots"] != "all"]
     require(few, "--plot draws accuracy against shots: name runs of few shots")
-    found = []
-    for row in sorted(few, key=lambda row: (len(row.parts), row.what["shots"])):
-        test = "H" if measure == "H" else next(iter(row.figures))[0]
-        like = variant(row)
-        shots = like.pop("shots")
-        for title in ("zero-shot", row.example["baseline_name"], row.example["name"]):
-            if (test, title) in row.figures:
-                what = {"clip": like["clip"]} if title == "zero-shot" else like
-                point = (shots, *mean_and_error([*row.figures[test, title].values()]))
-                found.append((row.dataset, title, what, point))
     panels = {}
-    for panel, title, what, point in found:
-        alike = [other for _, same, other, _ in found if same == title]
-        name = " ".join([title, *differing(what, alike)])
-        points = panels.setdefault(panel, {}).setdefault(name, [])
-        if point not in points:
-            twice = point[0] in [x for x, *_ in points]
-            require(not twice, f"--plot: two lines are called {name}: name fewer runs")
-            points.append(point)
+    for row in sorted(few, key=lambda row: (len(row.parts), row.what["shots"])):
+        column = "H" if measure == "H" else next(iter(row.figures))[0]
+        name, plain = row.example["name"], row.example["baseline_name"]
+        clip = [word for word in row.words if word.startswith("clip")]
+        lines = {"zero-shot": ["zero-shot", *clip], name: [name, *row.words]}
+        lines[plain] = [f"{plain} beside {name}", *row.words]
+        for title, words in lines.items():
+            if values := list(row.figures.get((column, title), {}).values()):
+                line, point = " ".join(words), (row.what["shots"], *mean_and_error(values))
+                points = panels.setdefault(row.dataset, {}).setdefault(line, [])
+                twice = point[0] in [x for x, *_ in points] and point not in points
+                require(not twice, f"--plot: two lines are called {line}: name fewer runs")
+                points += [point] if point not in points else []
     return panels
 
 

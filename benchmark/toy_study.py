@@ -103,9 +103,6 @@ def run_study(jobs: int) -> None:
 
 
 # 2. TABLES ----------------------------------------------------------------------------------------
-BASE_NEW = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
-
-
 def value(row: dict, kind: str, column: str) -> float:
     """A figure of a run: accuracy of a test set in %, "base NLL" in 0.01 nats, "new ECE" in %;
     "OOD" is the mean over the other domains."""
@@ -126,7 +123,8 @@ def by_seed(rows: list[dict], kind: str, column: str) -> list[float]:
         means = [statistics.mean(value(row, kind, side) for row in rows) for side in sides]
         return [common.harmonic_mean(*means)]
     seeds = data.group(rows, lambda row: row["what"]["seed"])
-    return [statistics.mean(value(row, kind, column) for row in seeds[seed]) for seed in SEEDS]
+    shown = SEEDS if kind != "zero_shot" else SEEDS[:1]  # it has none
+    return [statistics.mean(value(row, kind, column) for row in seeds[seed]) for seed in shown]
 
 
 def titled(rows: list[dict]) -> dict[str, tuple[list[dict], str]]:
@@ -151,12 +149,10 @@ def lines_of(rows: list[dict], columns: list[str]) -> list[list[str]]:
     rivals = [first, *(method for method in ("CE + KL", "KD") if method in figures)]
     lines = [["", *columns]]
     for title, found in figures.items():
-        if title == "zero-shot":
-            lines.append([title, *(f"{statistics.mean(values):.1f}" for values in found)])
-            continue
-        lines.append([f"{title} ({len(SEEDS)} seeds)", *map(table.spread, found)])
-        for rival in rivals[:1] if title.startswith(tuple(rivals)) else rivals:
-            if title != first:
+        seeds = f" ({len(SEEDS)} seeds)" if title != "zero-shot" else ""
+        lines.append([f"{title}{seeds}", *map(table.spread, found)])
+        if title not in ("zero-shot", first):
+            for rival in rivals[:1] if title.startswith(tuple(rivals)) else rivals:
                 pairs = [np.subtract(*both).tolist() for both in zip(found, figures[rival])]
                 cells = [table.spread(pair, paired=True) for pair in pairs]
                 lines.append([f"… minus {rival}", *cells])
@@ -187,11 +183,13 @@ def write_tables() -> None:
     missing = sum(what not in done for what in wanted)
     data.require(not missing, f"{missing} runs are not done yet: go on with toy_study.py run")
     parts = ["# The toy study: accuracy in %, NLL in 0.01 nats, ECE in %", WHAT_IS_SHOWN]
-    shots, planes = defaultdict(list), {}
+    shots = defaultdict(list)
     groups = data.group([done[what] for what in wanted], table_of)
     curves = curves_of(groups.pop("curves, 4 shots, six tasks"))
     for name, rows in groups.items():
-        columns = BASE_NEW if name.endswith("six tasks") else ["all", "OOD", "H", "H of means"]
+        columns = ["base", "new", "H", "H of means", "base NLL", "new NLL", "base ECE", "new ECE"]
+        if rows[0]["what"]["task"] in data.world.SHORTCUT:
+            columns = ["all", "OOD", "H", "H of means"]
         if name.startswith("all classes"):
             columns = ["all", "all NLL", "all ECE"]
         parts += [f"\n## {name}", table.markdown(lines_of(rows, columns))]
@@ -201,18 +199,18 @@ def write_tables() -> None:
                 h = table.mean_and_error(by_seed(*which[title], "H"))
                 shots[title].append((rows[0]["what"]["shots"], *h))
         if name in PLANES:
-            planes[name] = defaultdict(list)
+            file, *axes = PLANES[name]
+            lines = defaultdict(list)
             for title, runs in which.items():
                 x, y = (table.mean_and_error(by_seed(*runs, column)) for column in columns[:2])
                 line = re.sub(r"^.*, (.*) 0\.[357]$", r"\1 with zero-shot", title)
-                planes[name][line].append((x[0], *y, x[1]))
+                lines[line].append((x[0], *y, x[1]))
+            table.draw({"": lines}, RESULTS / f"{file}.svg", *axes)
     parts += ["\n## Learning curves, base classes, 4 shots", table.markdown(curves)]
     data.write(RESULTS / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))
     table.draw({"": shots}, RESULTS / "shots.svg", table.SHOTS, "H of base and new accuracy, %",
                shots=True)  # fmt: skip
-    for name, (file, x_title, y_title) in PLANES.items():
-        table.draw({"": planes[name]}, RESULTS / f"{file}.svg", x_title, y_title)
 
 
 def main(argv: list[str] | None = None) -> None:
