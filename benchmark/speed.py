@@ -1,12 +1,9 @@
-"""Time the papers' way against ours, in one run: common.plain, open_clip with every class padded to
-the context length, and common.encode_prompts. Equal losses and gradients are checked, and kernels
-counted.
+"""Time the papers' way (common.plain: open_clip, every class padded to the context length) against
+ours, in one run. Equal losses and gradients are checked, and kernels counted.
 
     python benchmark/speed.py                   # a CPU, ViT-B/16 with random weights: some minutes
     python benchmark/speed.py --quick           # small sizes, to see that it runs
     python benchmark/speed.py --device cuda     # peak memory, share of the time it is busy
-
-Ratios are of one run on one machine. Kernels are counted as torch's operators that compute.
 """
 
 import argparse
@@ -37,22 +34,19 @@ CPU = "lscpu | grep -oE 'Model name.*|amx_bf16|avx512_bf16' | sort -u"  # what m
 GPU = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
 
 
-class Kernels(TorchDispatchMode):
-    """Counts operators that compute: all but views, and memory that is only taken."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = operator.overloadpacket.__name__
-        self.count += not (operator.is_view or "empty" in name or name == "_unsafe_view")
-        return operator(*args, **(kwargs or {}))
-
-
 def count_kernels(step) -> int:
-    """Kernels that one call of step() starts."""
-    with Kernels() as kernels:
+    """Operators that compute in a call of step(): all but views, and memory that is only taken."""
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if not operator.is_view:
+                names.append(operator.overloadpacket.__name__)
+            return operator(*args, **(kwargs or {}))
+
+    with Record():
         step()
-    return kernels.count
+    return sum("empty" not in name and name != "_unsafe_view" for name in names)
 
 
 def make_clip(args: argparse.Namespace) -> common.Clip:
@@ -62,8 +56,8 @@ def make_clip(args: argparse.Namespace) -> common.Clip:
         open_clip.add_model_config(common.TOYCLIP / "toyclip.json")
     name = "toyclip" if args.quick else "ViT-B-16"
     model = open_clip.create_model(name).eval().requires_grad_(False).to(args.device)
-    how = args.device, "fp32", args.memory_gb
-    clip = common.Clip(model, None, open_clip.get_tokenizer(name), "random", "", *how)
+    clip = common.Clip(model, None, open_clip.get_tokenizer(name), "random", memory_gb=8.0)
+    clip.device = args.device
     return common.in_precision(clip, args.precision, tuned=True)
 
 
@@ -215,7 +209,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = data.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--memory-gb", type=float, default=8.0, help="of the text encoder")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each way, in turn")
     parser.add_argument("--quick", action="store_true", help="toyclip, few classes")
     parser.add_argument("--only", default="", help="cases whose titles hold this text")

@@ -6,9 +6,7 @@
     python benchmark/table.py --list runs.txt                       # what of it is finished
 
 A row is of runs that are equal in all that a figure comes from (settings, CLIP, what was trained,
-test images) but the seed and its draw. What differs in more gets a row of its own, which says in
-what. "mean of N datasets" is first over datasets for each seed, then over seeds. "H" is the mean of
-each run's H; "H of means" is the papers': of the mean accuracies, over seeds and datasets.
+test images) but the seed and its draw. benchmark/README.md says what the columns are.
 """
 
 import csv
@@ -54,13 +52,13 @@ class Row:
     figures: dict[tuple, dict]  # {(column, "zero-shot" or a method or ..): {seed: value}}
     seeds: list[int]
     parts: list["Row"] = ()  # of a mean: the rows
+    lacks: list[str] = ()  # what is missing in a mean
     words: list[str] = ()  # what is not equal in other rows of the method
     label: str = ""
 
 
 def read_rows(folders: list[str], measure: str) -> list[Row]:
-    """UserError for runs that are not finished or do not say what they come from, and for a seed
-    twice in a row."""
+    """UserError for runs that do not say what they come from, and for a seed twice in a row."""
     rows = {}
     for folder in folders:
         path = Path(folder, "result.json")
@@ -88,9 +86,7 @@ def identity(result: dict) -> dict:
     settings = result["settings"]
     usual = defaults_of(settings)
     what = {"name": result["name"], "dataset": settings["dataset"], "shots": settings["shots"]}
-    for key, value in settings.items():
-        if key not in FREE and value != usual.get(key, ...):
-            what[key] = value
+    what |= {k: v for k, v in settings.items() if k not in FREE and v != usual.get(k, ...)}
     for key, value in result["training"].items():
         if key not in DRAWN and value != settings.get(key):
             what[f"trained with {key}"] = value
@@ -156,8 +152,7 @@ def figures_of(result: dict, measure: str) -> dict[tuple[str, str], float]:
 
 
 def finish(row: Row) -> None:
-    """Put the papers' H, of accuracies that are averaged first, in the place of these; add paired
-    differences."""
+    """Put the papers' H in the place of what it is of, and add paired differences."""
     figures, name, plain = row.figures, row.example["name"], row.example["baseline_name"]
     for title in [title for column, title in figures if column == "H"]:
         a, b = (statistics.mean(figures.pop((side, title)).values()) for side in SIDES)
@@ -175,15 +170,17 @@ def variant(row: Row) -> dict:
     return {key: value for key, value in row.what.items() if not key.startswith(own)}
 
 
-def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
-    """A row for each set of rows that differ in the dataset alone, and what is missing in it."""
-    means, notes = [], []
+def mean_rows(rows: list[Row]) -> list[Row]:
+    """A row for each set of rows that differ in the dataset alone; without seeds if they have none
+    in common."""
+    means = []
     for parts in data.group(rows, lambda row: as_text(variant(row))).values():
         names = [row.dataset for row in parts]
         if len(set(names)) == 1:
             continue
         twice = f"{parts[0].label}: a dataset is there twice, with other images: name fewer runs"
         require(len(set(names)) == len(names), twice)
+        every = set.union(*(set(row.seeds) for row in parts))
         seeds = sorted(set.intersection(*(set(row.seeds) for row in parts)))
         mean = dataclasses.replace(parts[0], parts=parts, seeds=seeds, what=variant(parts[0]))
         mean.dataset = f"mean of {len(parts)} datasets"
@@ -192,16 +189,13 @@ def mean_rows(rows: list[Row]) -> tuple[list[Row], list[str]]:
             for key in parts[0].figures
             if all(key in row.figures for row in parts)
         }
+        mean.lacks = [f"seed {seed} of {row.dataset} (left out of all)"
+                      for row in parts for seed in sorted(every - set(row.seeds))]  # fmt: skip
+        if set(names) < set(ELEVEN):
+            lacking = [name for name in ELEVEN if name not in names]
+            mean.lacks.append(f"of the papers' eleven {', '.join(lacking)}")
         means.append(mean)
-    for mean in label(means):
-        every = set.union(*(set(row.seeds) for row in mean.parts))
-        lacks = [f"seed {seed} of {row.dataset} (left out of all)"
-                 for row in mean.parts for seed in sorted(every - set(row.seeds))]  # fmt: skip
-        names = {row.dataset for row in mean.parts}
-        if names < set(ELEVEN):
-            lacks += ["of the papers' eleven " + ", ".join(n for n in ELEVEN if n not in names)]
-        notes += [f"{mean.label}: missing: {', '.join(lacks)}"] if lacks else []
-    return [mean for mean in means if mean.seeds], notes
+    return label(means)
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -240,8 +234,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def list_runs(file: str) -> list[str]:
-    """Print which lines of a list of commands are finished, begun, missing → the folders of the
-    finished ones."""
+    """Print which lines of a list of commands are finished → the folders of these."""
     states = {"finished": {}, "begun": {}, "missing": {}}
     for number, line in enumerate(data.read_text(Path(file)).splitlines(), 1):
         _, _, words = line.partition(" --resume ")
@@ -270,7 +263,8 @@ UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it
 
 def place(row: Row, column: str, title: str) -> dict[str, str]:
     """Where in papers.csv a figure of ours stands."""
-    tests, dataset = tests_of(row, column), row.example["training"]["dataset"]
+    tests = columns_of(row.example).get(column, row.example["tests"][:1])  # of H the first
+    dataset = row.example["training"]["dataset"]
     test_on = tests[0]["dataset"] if tests[0]["dataset"] != dataset else ""
     if len(tests) > 1:
         test_on = column.removesuffix(" others")
@@ -283,11 +277,6 @@ def place(row: Row, column: str, title: str) -> dict[str, str]:
     return {"method": title, "dataset": dataset, "test_on": test_on, "classes": classes}
 
 
-def tests_of(row: Row, column: str) -> list[dict]:
-    """The test sets that a column of the table is of; of H the first."""
-    return columns_of(row.example).get(column, row.example["tests"][:1])
-
-
 def gaps(row: Row, column: str, title: str, paper: dict) -> list[str]:
     """What differs between a figure of ours and a published one."""
     settings, trained = row.example["settings"], row.example["training"]
@@ -297,7 +286,8 @@ def gaps(row: Row, column: str, title: str, paper: dict) -> list[str]:
         ("pretrained", "openai" if local else settings["pretrained"], "openai"),
         ("test_part", settings["test_part"], "test"),
     ]
-    templates = [(test["dataset"], test["template"]) for test in tests_of(row, column)]
+    tests = columns_of(row.example).get(column, row.example["tests"][:1])
+    templates = [(test["dataset"], test["template"]) for test in tests]
     if title != "zero-shot":
         own = trained["template"] or data.SOURCES[trained["dataset"]].template
         templates.append((trained["dataset"], own))
@@ -355,7 +345,6 @@ MARKERS = "osD^vPX*"  # one more, so that both together repeat late
 STYLE = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
          "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 4, "errorbar.capsize": 2}  # fmt: skip
-UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}  # the same bytes always
 SHOTS = "training images a class"
 
 
@@ -367,7 +356,7 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> N
     from matplotlib.figure import Figure
 
     kind = path.suffix[1:]
-    require(kind in UNDATED, f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
+    require(kind in ("svg", "png", "pdf"), f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     size = (max(6.8, 2.6 * across + 1.6), max(3.8, 2.3 * down + 0.6))
@@ -389,7 +378,8 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> N
         figure.supxlabel(f"{x_title}\n(bars: ± standard error over seeds)", fontsize=9)
         figure.supylabel(y_title, fontsize=9)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, metadata=UNDATED[kind])
+        undated = {"Date": None} if kind == "svg" else None  # the same bytes each time
+        figure.savefig(buffer, format=kind, metadata=undated)
     data.write(path, buffer.getvalue())
 
 
@@ -426,13 +416,16 @@ def main(argv: list[str] | None = None) -> None:
     folders = args.runs + (list_runs(args.list) if args.list else [])
     require(folders or args.list, "name folders of finished runs, or --list FILE")
     rows = read_rows(folders, args.measure)
-    means, notes = mean_rows(rows)
-    rows += means
+    means = mean_rows(rows)
+    rows += [mean for mean in means if mean.seeds]
     for row in rows:
         finish(row)
     lines = table(rows, args.measure)
     if rows:
-        print("\n".join([markdown(lines), *[f"note: {note}" for note in notes]]))
+        print(markdown(lines))
+    for mean in means:
+        if mean.lacks:
+            print(f"note: {mean.label}: missing: {', '.join(mean.lacks)}")
     if args.papers:
         require(args.measure == "accuracy", "--papers has accuracies: leave out --measure")
         print("\n".join(["", *beside(rows)]))

@@ -75,12 +75,12 @@ def perform(job: tuple[str, dict, list[str]]) -> dict:
     for line in lines:
         if "val_accuracy" in line:
             numbers = [line["val_accuracy"], line["cosine"], line["conflict"]]
-            kept["curve"].append([line["epoch"] + 1, *np.round(numbers, 4).tolist()])
+            kept["curve"].append([line["epoch"] + 1, *numbers])
     for test in result["tests"]:
-        kinds = kept["tests"][test["domain"] or test["classes"]] = {}
-        for kind, found in common.measures(test).items():
-            numbers = [found["accuracy"], found["nll"], found["ece"]]
-            kinds[kind] = np.round(numbers, 4).tolist()
+        kept["tests"][test["domain"] or test["classes"]] = {
+            kind: [found["accuracy"], found["nll"], found["ece"]]
+            for kind, found in common.measures(test).items()
+        }
     return kept
 
 
