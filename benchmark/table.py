@@ -64,8 +64,8 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         path = Path(folder, "result.json")
         require(path.exists(), f"{folder} is not finished: there is no {path}")
         result = data.read_json(path)
-        told = {"clip", "training", "name"} <= result.keys()
-        require(told, f"{folder} is of an older version and does not say what its figures are of")
+        says_of_what = {"clip", "training", "name"} <= result.keys()
+        require(says_of_what, f"{folder} is of an older version: make it again")
         what, dataset = identity(result), result["settings"]["dataset"]
         row = rows.setdefault(as_text(what), Row(dataset, what, result, defaultdict(dict), []))
         seed = result["training"]["seed"]
@@ -261,6 +261,10 @@ OWN = {"CoOp": {"method": "prograd", "lam": 0.0, "init": "random"}, "VPT": {"met
 UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(data.read_text(path).splitlines()))
+
+
 def place(row: Row, column: str, title: str) -> dict[str, str]:
     """Where in papers.csv a figure of ours stands."""
     tests = columns_of(row.example).get(column, row.example["tests"][:1])  # of H the first
@@ -329,8 +333,7 @@ def compare(row: Row, column: str, title: str, published: list[dict]) -> list[tu
 
 def beside(rows: list[Row]) -> list[str]:
     """Our figures beside the published ones, as lines of text."""
-    with open(Path(__file__).with_name("papers.csv"), encoding="utf-8", newline="") as file:
-        published = list(csv.DictReader(file))
+    published = read_csv(Path(__file__).with_name("papers.csv"))
     lines = {("", "", "here", "published", "difference", "source", "note"): None}
     for row in rows:
         for column, title in row.figures:
@@ -345,15 +348,13 @@ MARKERS = "osD^vPX*"  # one more, so that both together repeat late
 STYLE = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
          "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 4, "errorbar.capsize": 2}  # fmt: skip
-SHOTS = "training images a class"
 
 
-def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> None:
+def draw(panels: dict, path: Path, y_title: str, x_title: str = "") -> None:
     """{panel: {line: [(x, y, standard error of y, of x), ...]}} to FILE.{svg,png,pdf}; errors may
-    be left out. shots: x by powers of 2."""
+    be left out. Without x_title x is the number of shots."""
     require(importlib.util.find_spec("matplotlib"), "plots need it: pip install matplotlib")
-    import matplotlib
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
     kind = path.suffix[1:]
     require(kind in ("svg", "png", "pdf"), f"{path}: a plot is a FILE.svg, FILE.png or FILE.pdf")
@@ -363,18 +364,19 @@ def draw(panels: dict, path: Path, x_title: str, y_title: str, shots=False) -> N
     names = list(dict.fromkeys(itertools.chain(*panels.values())))
     drawn = {}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(size, layout="constrained", dpi=150)
+        figure = matplotlib.figure.Figure(size, layout="constrained", dpi=150)
         for i, (title, lines) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(down, across, i, title=title)
             for name, points in lines.items():
                 k = names.index(name)
                 look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
                 drawn[name] = axes.errorbar(*zip(*points), elinewidth=0.8, **look)
-            if shots:
+            if not x_title:
                 xs = sorted({point[0] for points in lines.values() for point in points})
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(xs, [f"{x:g}" for x in xs])
         figure.legend(drawn.values(), drawn, loc="outside right center", frameon=False)
+        x_title = x_title or "training images a class"
         figure.supxlabel(f"{x_title}\n(bars: ± standard error over seeds)", fontsize=9)
         figure.supylabel(y_title, fontsize=9)
         buffer = io.BytesIO()
@@ -421,8 +423,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         finish(row)
     lines = table(rows, args.measure)
-    if rows:
-        print(markdown(lines))
+    print(markdown(lines))
     for mean in means:
         if mean.lacks:
             print(f"note: {mean.label}: missing: {', '.join(mean.lacks)}")
@@ -431,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(["", *beside(rows)]))
     if args.plot:
         what = lines[0][0] if args.measure == "H" else f"{lines[0][0]} ({lines[0][3]})"
-        draw(against_shots(rows, args.measure), Path(args.plot), SHOTS, what, shots=True)
+        draw(against_shots(rows, args.measure), Path(args.plot), what)
 
 
 if __name__ == "__main__":
