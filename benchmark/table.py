@@ -64,8 +64,7 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         path = Path(folder, "result.json")
         require(path.exists(), f"{folder} is not finished: there is no {path}")
         result = data.read_json(path)
-        says_of_what = {"clip", "training", "name"} <= result.keys()
-        require(says_of_what, f"{folder} is of an older version: make it again")
+        require({"clip", "training", "name"} <= result.keys(), f"{folder} is of an older version")
         what, dataset = identity(result), result["settings"]["dataset"]
         row = rows.setdefault(as_text(what), Row(dataset, what, result, defaultdict(dict), []))
         seed = result["training"]["seed"]
@@ -138,8 +137,7 @@ def columns_of(result: dict) -> dict[str, list[dict]]:
 
 def figures_of(result: dict, measure: str) -> dict[tuple[str, str], float]:
     """{(column, title): the run's figure}."""
-    titles = {"zero_shot": "zero-shot", "baseline": result["baseline_name"]}
-    titles["tuned"] = result["name"]
+    titles = dict(zero_shot="zero-shot", baseline=result["baseline_name"], tuned=result["name"])
     found = {}
     for column, tests in columns_of(result).items():
         key = "accuracy" if column in SIDES else measure
@@ -171,15 +169,13 @@ def variant(row: Row) -> dict:
 
 
 def mean_rows(rows: list[Row]) -> list[Row]:
-    """A row for each set of rows that differ in the dataset alone; without seeds if they have none
-    in common."""
+    """A row for each set of rows that differ in the dataset alone, of the seeds that all have."""
     means = []
     for parts in data.group(rows, lambda row: as_text(variant(row))).values():
         names = [row.dataset for row in parts]
         if len(set(names)) == 1:
             continue
-        twice = f"{parts[0].label}: a dataset is there twice, with other images: name fewer runs"
-        require(len(set(names)) == len(names), twice)
+        require(len(set(names)) == len(names), f"a mean of {names}: one is there twice")
         every = set.union(*(set(row.seeds) for row in parts))
         seeds = sorted(set.intersection(*(set(row.seeds) for row in parts)))
         mean = dataclasses.replace(parts[0], parts=parts, seeds=seeds, what=variant(parts[0]))
@@ -254,15 +250,10 @@ SHIFTED = {"imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
 # Settings that a column of papers.csv speaks of, or that change no figure.
 SAID = {"dataset", "shots", "classes", "test_on", "template", "model", "pretrained", "paper",
         "precision"} | FREE  # fmt: skip
-# What is not the script's default. CoOp is λ = 0 from a random start.
-OWN = {"CoOp": {"method": "prograd", "lam": 0.0, "init": "random"}, "VPT": {"method": "vpt"},
-       "ProGrad": {"method": "prograd"},
-       "ProGrad++": {"method": "prograd", "teacher": "ensemble"}}  # fmt: skip
+# Settings that are not the script's defaults. CoOp is λ = 0 from a random start.
+OWN = {"CoOp": {"method": "prograd", "lam": 0.0, "init": "random"},
+       "ProGrad": {"method": "prograd"}, "VPT": {"method": "vpt"}}  # fmt: skip
 UNREAD = {"CoOp": {"rule", "teacher", "temperature", "lam"}}  # settings that it does not use
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(data.read_text(path).splitlines()))
 
 
 def place(row: Row, column: str, title: str) -> dict[str, str]:
@@ -276,8 +267,6 @@ def place(row: Row, column: str, title: str) -> dict[str, str]:
         eleven = {part.dataset for part in row.parts} == set(ELEVEN)
         dataset = "mean of 11" if eleven else row.dataset
     classes = "H" if column == "H of means" else tests[0]["classes"]
-    if title == "ProGrad" and row.example["settings"].get("teacher") == "ensemble":
-        title = "ProGrad++"  # with many templates
     return {"method": title, "dataset": dataset, "test_on": test_on, "classes": classes}
 
 
@@ -333,7 +322,8 @@ def compare(row: Row, column: str, title: str, published: list[dict]) -> list[tu
 
 def beside(rows: list[Row]) -> list[str]:
     """Our figures beside the published ones, as lines of text."""
-    published = read_csv(Path(__file__).with_name("papers.csv"))
+    text = data.read_text(Path(__file__).with_name("papers.csv"))
+    published = list(csv.DictReader(text.splitlines()))
     lines = {("", "", "here", "published", "difference", "source", "note"): None}
     for row in rows:
         for column, title in row.figures:
@@ -346,14 +336,13 @@ def beside(rows: list[Row]) -> list[str]:
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split()  # Okabe's and Ito's
 MARKERS = "osD^vPX*"  # one more, so that both together repeat late
 STYLE = {"svg.hashsalt": "table", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
-         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-         "lines.markersize": 4, "errorbar.capsize": 2}  # fmt: skip
+         "grid.alpha": 0.3, "lines.markersize": 4, "errorbar.capsize": 2}  # fmt: skip
 
 
 def draw(panels: dict, path: Path, y_title: str, x_title: str = "") -> None:
     """{panel: {line: [(x, y, standard error of y, of x), ...]}} to FILE.{svg,png,pdf}; errors may
     be left out. Without x_title x is the number of shots."""
-    require(importlib.util.find_spec("matplotlib"), "plots need it: pip install matplotlib")
+    require(importlib.util.find_spec("matplotlib"), "plots need matplotlib: pip install matplotlib")
     import matplotlib.figure
 
     kind = path.suffix[1:]

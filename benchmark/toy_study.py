@@ -8,6 +8,7 @@ papers' regime. Test sets are read once. Paired: the same seed, images and batch
 """
 
 import contextlib
+import csv
 import io
 import itertools
 import json
@@ -44,10 +45,10 @@ PLANES = {  # tables whose first two columns are drawn: file, axes
 
 # 1. RUNS ------------------------------------------------------------------------------------------
 def study() -> list[tuple[str, dict, list[str]]]:
-    """(script, what the run is, its flags) of every run: each line of toy_study.csv for every task
-    and seed."""
+    """(script, what the run is, its flags), for each line of toy_study.csv, task and seed."""
     runs = []
-    for line in table.read_csv(Path(__file__).with_suffix(".csv")):
+    plan = data.read_text(Path(__file__).with_suffix(".csv"))
+    for line in csv.DictReader(plan.splitlines()):
         for task, seed in itertools.product(TASKS[line["tasks"]], SEEDS):
             what = {"part": line["part"], "method": line["method"], "task": task, "seed": seed}
             flags = ["--dataset", task, "--seed", str(seed), "--no-compare"]
@@ -87,18 +88,6 @@ def read_runs() -> dict[str, dict]:
     return {table.as_text(row["what"]): row for row in map(json.loads, lines)}
 
 
-def run_study(jobs: int) -> None:
-    """Every run that is not done yet; each is kept as soon as it is finished."""
-    done = read_runs()
-    todo = [job for job in study() if table.as_text(job[1]) not in done]
-    print(f"{len(done)} of {len(done) + len(todo)} runs are done", flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with get_context("spawn").Pool(max(1, jobs)) as pool:
-        for row in pool.imap_unordered(perform, todo):
-            with open(RESULTS / "runs.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
 # 2. TABLES ----------------------------------------------------------------------------------------
 def value(row: dict, kind: str, column: str) -> float:
     """A figure of a run: accuracy of a test set in %, "base NLL" in 0.01 nats, "new ECE" in %;
@@ -113,8 +102,7 @@ def value(row: dict, kind: str, column: str) -> float:
 
 
 def by_seed(rows: list[dict], kind: str, column: str) -> list[float]:
-    """Means over the tasks of a method, one a seed. Of "H of means" one: accuracies are averaged
-    before."""
+    """Means over tasks, one a seed; of "H of means" one, of accuracies that are averaged before."""
     if column == "H of means":
         sides = ("base", "new") if "base" in rows[0]["tests"] else ("all", "OOD")
         means = [statistics.mean(value(row, kind, side) for row in rows) for side in sides]
@@ -215,7 +203,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
     args = parser.parse_args(argv)
     if args.action == "run":
-        run_study(args.jobs)
+        done = read_runs()
+        todo = [job for job in study() if table.as_text(job[1]) not in done]
+        print(f"{len(done)} of {len(done) + len(todo)} runs are done", flush=True)
+        with get_context("spawn").Pool(max(1, args.jobs)) as pool:
+            for row in pool.imap_unordered(perform, todo):  # kept as soon as it is finished
+                with open(RESULTS / "runs.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
     write_tables()
 
 
