@@ -313,7 +313,7 @@ def compare(row: Row, column: str, title: str, published: list[dict]) -> list[tu
             continue
         off, note = here - float(paper["accuracy"]), paper["note"]
         if title == "zero-shot" and abs(off) > 0.5:
-            note += " other weights, template or test images?"
+            note = f"other weights, template or test images? {note}"
         lines.append((*ours, paper["accuracy"], f"{off:+.2f}", paper["source"], note))
     if differ and not lines:
         lines.append((*ours, f"none: {min(differ, key=len)}", "", "", ""))
