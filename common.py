@@ -89,9 +89,12 @@ def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False
         new = {*names.lower().split()} - {*" ".join(data.world.vocabulary()).split()}
         require(not new, f"toyclip never saw the words {sorted(new)[:9]}: name another --model")
     twin = f"{clip.name}-quickgelu"
-    local = os.path.isfile(clip.pretrained) and twin in open_clip.list_models()
-    note = f"its activation is GELU; weights by OpenAI need --model {twin}"
-    tell(task.notes, local and activation(clip.model) == "GELU", note)
+    gelu = (
+        os.path.isfile(clip.pretrained)
+        and activation(clip.model) == "GELU"
+        and twin in open_clip.list_models()
+    )
+    tell(task.notes, gelu, f"its activation is GELU; weights by OpenAI need --model {twin}")
     tell(task.notes, not clip.fast, "it has no CLIP's text tower: encoded whole, 10 to 30 x slower")
     return clip
 
@@ -524,11 +527,8 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
 
 def warmup_notes(args: argparse.Namespace) -> list[str]:
     """Where warmup_cosine does what nobody means."""
-    notes = {
-        "--epochs 1 is the warm-up's: its rate is 1e-5 throughout": args.epochs == 1,
-        "--lr is less than the first epoch's rate, 1e-5": args.lr < 1e-5,
-    }
-    return [note for note, holds in notes.items() if holds and not args.eval]
+    low = "the first epoch's rate is 1e-5: more than --lr, or with --epochs 1 the only rate"
+    return [low] if not args.eval and (args.lr < 1e-5 or args.epochs == 1) else []
 
 
 # 5. RUNS: flags, the run folder, results ----------------------------------------------------------
@@ -554,8 +554,7 @@ FLAGS = {
         "--resume": FOLDER | {"help": "go on with this run folder, or begin it [no]"},
         "--eval": FOLDER | {"help": "evaluate this run on what the data flags say [no]"},
         "--compare": {"action": argparse.BooleanOptionalAction, "help": "train plain, too"},
-        "--device": {"choices": ["cpu"] + torch.cuda.is_available() * [
-            "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))], "help": "where"},
+        "--device": {"help": "cpu, cuda, cuda:1"},
         "--workers": {"type": int, "metavar": "COUNT", "help": "processes that decode images"},
         "--cache-dir": FOLDER | {"help": "of cached image features, or none"}},
 }
@@ -623,6 +622,9 @@ def settle(
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     if args.model == "toyclip" or ":" in args.model:  # the default weights are another model's
         args.pretrained = first.get("pretrained")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    require(args.device in devices, f"--device {args.device}: here it can be {devices}")
     cuda = args.device != "cpu"
     require(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; fp32 and bf16 do not")
     half = "bf16" if cuda and torch.cuda.get_device_capability(args.device) >= (8, 0) else "fp16"
@@ -634,7 +636,10 @@ def settle(
         low, high = RANGES.get(key, (0, 1e18))
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, int | float):
-                require(low <= x <= high, f"{flag(key)} {x}: it must be from {low:g} to {high:g}")
+                require(
+                    low <= x <= high,
+                    f"--{key.replace('_', '-')} {x}: it must be from {low:g} to {high:g}",
+                )
     return args
 
 
@@ -652,16 +657,15 @@ def inherited(typed: dict, method: str) -> dict:
         # Its classes are all new.
         stored |= {"train_domain": None, "test_domain": None, "classes": "all", "test_on": []}
     for key in (typed.keys() & stored.keys()) - anew - free:
-        require(typed[key] == stored[key], f"{folder} has {flag(key)} {stored[key]}: leave it out")
+        require(
+            typed[key] == stored[key],
+            f"{folder} has --{key.replace('_', '-')} {stored[key]}: leave it out",
+        )
     require(
         stored["classes"] == "base" or typed.get("classes") != "base",
         f"{folder} was not trained on half of these classes: leave --classes base out",
     )
     return {key: value for key, value in stored.items() if key not in anew}
-
-
-def flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
 
 
 # The run folder
