@@ -127,9 +127,9 @@ def load_clip(
         key: hashlib.sha1(value.contiguous().numpy()).hexdigest()
         for key, value in sorted(net.state_dict().items())
     }
-    cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    sizes = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
     clip = Clip(
-        net, open_clip.transform.image_transform_v2(cfg, is_train=False), tokenizer, name, source,
+        net, open_clip.transform.image_transform_v2(sizes, is_train=False), tokenizer, name, source,
         memory_gb=memory_gb, scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
     )  # fmt: skip
@@ -152,9 +152,15 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
         return open_clip.create_model(name, require_pretrained=True)
     if not os.path.isfile(pretrained):
         tags = open_clip.list_pretrained_tags_by_model(name)
-        require(pretrained in tags, f"{pretrained!r} is no file, and open_clip's tags are {tags}")
+        # Of a model without any, or unknown, open_clip says it.
+        require(
+            not tags or pretrained in tags,
+            f"{pretrained!r} is no file and no tag of {name}: {tags}",
+        )
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-        return open_clip.create_model(name, pretrained, force_quick_gelu=quick)
+        return open_clip.create_model(
+            name, pretrained, force_quick_gelu=quick, require_pretrained=True
+        )
     try:
         state, archive = torch.jit.load(pretrained, map_location="cpu").state_dict(), True
     except RuntimeError:  # no archive; what follows reads with weights_only
@@ -611,7 +617,7 @@ def settle(
     several processes where a method learns `alone`."""
     typed = vars(parser.parse_args(argv))
     require(
-        not alone or os.environ.get("WORLD_SIZE", "1") == "1",  # torchrun sets it
+        not alone or "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1",
         f"{method}.py runs in one process: start it by python {method}.py",
     )
     require(
@@ -622,16 +628,7 @@ def settle(
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     if args.model == "toyclip" or ":" in args.model:  # the default weights are another model's
         args.pretrained = first.get("pretrained")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
-    require(args.device in devices, f"--device {args.device}: here it can be {devices}")
-    cuda = args.device != "cpu"
-    require(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; fp32 and bf16 do not")
-    half = "bf16" if cuda and torch.cuda.get_device_capability(args.device) >= (8, 0) else "fp16"
-    args.precision = args.precision or (half if cuda else "fp32")
-    # Of the total memory, not of what is free: the size of pieces changes the last bits.
-    total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 8e9
-    args.memory_gb = args.memory_gb or total / 2e9
+    settle_device(args)
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, 1e18))
         for x in value if isinstance(value, list) else [value]:
@@ -668,6 +665,20 @@ def inherited(typed: dict, method: str) -> dict:
     return {key: value for key, value in stored.items() if key not in anew}
 
 
+def settle_device(args: argparse.Namespace) -> None:
+    """Is there such a device? And fill in --precision and --memory-gb for it."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    require(args.device in devices, f"--device {args.device}: here it can be {', '.join(devices)}")
+    cuda = args.device != "cpu"
+    require(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; fp32 and bf16 do not")
+    half = "bf16" if cuda and torch.cuda.get_device_capability(args.device) >= (8, 0) else "fp16"
+    args.precision = args.precision or (half if cuda else "fp32")
+    # Of the total memory, not of what is free: the size of pieces changes the last bits.
+    total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 8e9
+    args.memory_gb = args.memory_gb or total / 2e9
+
+
 # The run folder
 def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) -> Path:
     """Make or find the run folder, write config.json, print what is done on what. A run goes on
@@ -681,8 +692,11 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     require(old["weights"] == clip.weights, f"{earlier} had other CLIP weights: name --pretrained")
     for key in () if args.eval else ("classnames", "train", "tests"):
         other = sorted({*old[key]} ^ {*config[key]})[:1]
-        require(old[key] == config[key], f"{earlier} began with other {key} {other}: restore it")
-    require(not args.eval or Path(args.eval, "result.json").exists(), f"first --resume {args.eval}")
+        require(old[key] == config[key], f"{earlier} began with other {key!r}: restore {other}")
+    require(
+        not args.eval or Path(args.eval, "result.json").exists(),
+        f"{args.eval} has not finished training: --resume it",
+    )
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"

@@ -101,9 +101,9 @@ def explain(error: Exception) -> tuple[int, str]:
 
 def write(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: after a kill there is the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:  # a failed write does not say to which file
@@ -135,8 +135,9 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     config = read_json(path) if path.exists() else {}
     known = {"method", "settings", "weights", "classnames", "root", "train", "training", "tests"}
-    lacks = sorted(known - config.keys())
-    require(not lacks, f"{folder} is no run folder, or of another version: {path} lacks {lacks}")
+    require(
+        known <= config.keys(), f"{path} is missing, or not ours; to begin a run name its --dataset"
+    )
     return config
 
 

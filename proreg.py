@@ -290,7 +290,8 @@ def build_parser() -> data.Parser:
 # 4. TRAIN: several processes learn what one alone would learn -------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
-    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if dist.is_initialized() or not several:
         return
     require(not args.download, "let one process download first: python data.py --download ..")
     if args.device != "cpu":

@@ -93,21 +93,21 @@ def test_openai_archive_is_quick_gelu(tmp_path):
 def test_activation_follows_the_name_and_the_tag(model, tmp_path, monkeypatch):
     WRITERS["x.pt"](model, tmp_path / "x.pt")
     tiny_model("tinyload-quickgelu", config=CONFIG | {"quick_gelu": True})
-    quick = common.load_clip("tinyload-quickgelu", str(tmp_path / "x.pt"))
-    assert has_quick_gelu(quick.model) and not quick.notes
-    plain = common.load_clip("tinyload", str(tmp_path / "x.pt"))
-    assert "need --model tinyload-quickgelu" in plain.notes[0]
+    args = argparse.Namespace(pretrained=str(tmp_path / "x.pt"), device="cpu", precision="fp32")
+    args.memory_gb = 4
+    for args.model, quick in (("tinyload-quickgelu", True), ("tinyload", False)):
+        task = argparse.Namespace(notes=[])
+        assert has_quick_gelu(common.load_run_clip(args, task).model) == quick
+        assert [note[-18:] for note in task.notes] == [] if quick else ["tinyload-quickgelu"]
     made = []
 
     def create(name, tag, force_quick_gelu, require_pretrained):
         made.append((name, tag, force_quick_gelu))
 
     monkeypatch.setattr(open_clip, "create_model", create)
-    for name in ("ViT-B-16", "ViT-B-16-quickgelu"):
-        common.build_model(name, "openai")
-    common.build_model("ViT-B-16-quickgelu", "laion2b_s34b_b88k")
-    openai = ("ViT-B-16", "openai", True)
-    assert made == [openai, openai, ("ViT-B-16", "laion2b_s34b_b88k", False)]
+    for tag in ("openai", "laion2b_s34b_b88k"):
+        common.build_model("ViT-B-16", tag)
+    assert made == [("ViT-B-16", "openai", True), ("ViT-B-16", "laion2b_s34b_b88k", False)]
 
 
 class Bomb:
@@ -137,15 +137,16 @@ def test_other_models_are_told_by_their_shapes(model, tmp_path):
     longer = VISION | {"image_size": 64}
     other = tiny_model("tinylong", config=CONFIG | {"vision_cfg": longer})
     WRITERS["x.pt"](other, tmp_path / "long.pt")
-    text = "long.pt holds another model than tinyload: see .*visual.positional_embedding"
+    text = "(?s)long.pt: Error.*visual.positional_embedding"
     assert len(not_loaded(text, "tinyload", str(tmp_path / "long.pt"))) < 400
     keys = {f"text_model.layer.{i}.weight": torch.zeros(2) for i in range(500)}
     safetensors.torch.save_file(keys, tmp_path / "model.safetensors")
-    not_loaded("in transformers' format", "tinyload", str(tmp_path / "model.safetensors"))
+    words = not_loaded("Missing key", "tinyload", str(tmp_path / "model.safetensors"))
+    assert len(words) < 700
 
 
 def test_unknown_names(tmp_path, caplog, capfd):
-    not_loaded("--model nonesuch is unknown to open_clip", "nonesuch")
+    not_loaded("is no file and no tag of nonesuch", "nonesuch")
     not_loaded("'opnai' is no file and no tag of RN50: .*openai", "RN50", "opnai")
     not_loaded("is no file and no tag of RN50", "RN50")
     (tmp_path / "broken.pt").write_bytes(b"nothing")
@@ -170,15 +171,6 @@ def test_hub_names_go_to_open_clip(model, tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", lambda name, **kw: asked.append(name) or 1 / 0)
     not_loaded("cannot load hf-hub:org/name", "hf-hub:org/name")
     assert asked == ["hf-hub:org/name"]
-
-
-def test_resnets_are_channels_last_and_toyclip_is_not(tmp_path, toyclip):
-    model = tiny_model("tinyresnet", config=CONFIG | {"vision_cfg": RESNET})
-    torch.save(model.state_dict(), tmp_path / "x.pt")
-    clip = common.load_clip("tinyresnet", str(tmp_path / "x.pt"))
-    weight = clip.model.visual.layer1[0].conv2.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert toyclip.model.visual.layer1[0].conv2.weight.is_contiguous()
 
 
 def test_toyclip_is_plain_open_clip(toyclip):
@@ -306,9 +298,9 @@ def test_cache_key_follows_the_code(toyclip, monkeypatch):
 @pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "No space"), (errno.EROFS, "Read-")])
 def test_cache_that_cannot_be_written(toyclip, cached, monkeypatch, number, reason):
     def fail(path, content):
-        raise OSError(number, os.strerror(number), str(path))
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(common, "write", fail)
-    with pytest.raises(OSError, match=f"{reason}.*name another --cache-dir, or none") as caught:
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match=f"{reason}.*--cache-dir.* say where") as caught:
         encode(toyclip, "other")
     assert common.data.explain(caught.value)[0] == (1 if number == errno.ENOSPC else 2)

@@ -34,7 +34,7 @@ CASES = [
 ]
 MUTANTS = [  # what fails on a GPU, or makes it wait in every step; "file.function", right, wrong
     ("vpt.noise", "to(start.device, start.dtype, ", "to(start.dtype, "),
-    ("common.pack", ", before).to(table)", ", before)"),
+    ("common.pack", "mask=mask.to(table)", "mask=mask"),
     ("prograd.train", "batch.to(x.device, non_blocking=True)", "batch"),
     ("vpt.train", "batch.to(x.device, non_blocking=True)", "batch.to(x.device)"),
     ("prograd.step", "return torch.stack", "loss_ce.item(); return torch.stack"),

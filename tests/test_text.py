@@ -1,5 +1,6 @@
 """The text encoder: rows of names behind one prefix equal open_clip's own tower, exactly."""
 
+import argparse
 import copy
 import dataclasses
 import inspect
@@ -103,13 +104,16 @@ def test_the_length_of_a_prompt_is_counted(clip64):
     common.name_tokens(clip64, [fits], 16)
     common.name_tokens(clip64, [fits], 0, own=16)
     for n_ctx, own in ((17, 0), (0, 17)):
-        with pytest.raises(UserError, match="tokens.*fit: shorten it, or the context"):
+        with pytest.raises(UserError, match="too many tokens: shorten it, or the context"):
             common.name_tokens(clip64, [fits], n_ctx, own=own)
 
 
-def test_word_toyclip_never_saw(toyclip):
-    with pytest.raises(UserError, match="toyclip never saw 'dachshund' of 'a photo of a dachshund"):
-        common.prompt_features(toyclip, ["dachshund"], "a photo of a {}.")
+def test_words_toyclip_never_saw():
+    args = argparse.Namespace(model="toyclip", pretrained=None, device="cpu", precision="fp32")
+    args.memory_gb = 4
+    tests = [argparse.Namespace(classnames=["Red_circle", "dachshund"])]
+    with pytest.raises(UserError, match=r"toyclip never saw the words \['dachshund'\]: name"):
+        common.load_run_clip(args, argparse.Namespace(tests=tests))
 
 
 def test_custom_text_tower_and_layer_scale():
@@ -128,7 +132,7 @@ class OtherTokenizer:
         encode = lambda text, add_special_tokens: [9 + len(word) for word in text.split()]  # noqa: E731
         self.tokenizer = types.SimpleNamespace(cls_token_id=start, encode=encode)
 
-    def __call__(self, texts, context_length):
+    def __call__(self, texts, context_length=77):
         start = [] if self.tokenizer.cls_token_id is None else [self.tokenizer.cls_token_id]
         ids = [start + self.tokenizer.encode(text, False) for text in texts]
         return torch.tensor([(row + [1] * context_length)[:context_length] for row in ids])
