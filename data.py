@@ -300,7 +300,7 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         getattr(datasets, fetch[1])(data_root, download=True)
     root = next(filter(os.path.isdir, places), "")
     advice = f"get {source.get}{', or --download' if fetch else ''}"
-    require(root, f"{name}: {' or '.join(places)} is no folder: {advice}")
+    require(root, f"{name}: no images in {' or '.join(places)}, which is no folder: {advice}")
     return Found(name, source, root)
 
 
