@@ -311,10 +311,8 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
     root = next(filter(os.path.isdir, places), "")
-    require(
-        root,
-        f"{name}: no folder {' or '.join(places)}: get {source.get}; torchvision's: --download",
-    )
+    advice = f"get {source.get}{', or --download' if fetch else ''}"
+    require(root, f"{name}: no images in {' or '.join(places)}, which is no folder: {advice}")
     return Found(name, source, root)
 
 
@@ -471,6 +469,7 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
         f"name --train-domain or --test-domain, of {', '.join(known)}",
     )
     rename = dict.fromkeys(train, "") | {domain: domain for domain in test}
+    # Of a domain to test on there is the list "ood", of one to train on there are the others.
     files = [
         (lists[part].format(domain), part, name)
         for part in lists
@@ -560,7 +559,7 @@ def split_rest(found: Found) -> None:
     """A val without a test is the test part. Without both all images are tested on, if nothing is
     trained on. Else a missing test part is ours, and so is a missing val where there are further
     test sets: the same for every seed, so that all seeds share a test set. Every part has its share
-    of each class, rounded (CoOp's rule), the last one what is left.
+    of each class, rounded (CoOp's rule).
 
     WHY in the order of a hash of the path below the root: the split does not hang on where the
     folder lies, and an added or removed image moves next to no other.
@@ -580,6 +579,7 @@ def split_rest(found: Found) -> None:
     missing = [part for part in ("val", "test") if classes and not sets[part, ""]]
     if "test" in missing or (missing and ood):
         beside_ood = dict.fromkeys(missing, 0.1) | {"train": 1}
+        # In this order; the last part takes what is left.
         shares = beside_ood if ood else {"train": 0.5, "val": 0.2, "test": 1}
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")

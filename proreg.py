@@ -290,8 +290,8 @@ def build_parser() -> data.Parser:
 # 4. TRAIN: several processes learn what one alone would learn -------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
-    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    if dist.is_initialized() or not several:
+    alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone or dist.is_initialized():
         return
     require(not args.download, "let one process download first: python data.py --download ..")
     if args.device != "cpu":
@@ -302,9 +302,11 @@ def join_processes(args: argparse.Namespace) -> None:
         store, number, n = next(dist.rendezvous("env://", timeout=PATIENCE))
     except (ValueError, RuntimeError) as error:
         raise common.UserError(f"the processes did not meet: use torchrun ({error})") from error
-    backend = "nccl" if args.device != "cpu" else "gloo"
     day = datetime.timedelta(days=1)  # the others wait while the first evaluates
-    dist.init_process_group(backend, timeout=day, store=store, rank=number, world_size=n)
+    dist.init_process_group(
+        "nccl" if args.device != "cpu" else "gloo",
+        timeout=day, store=store, rank=number, world_size=n,
+    )  # fmt: skip
     if number > 0:
         sys.stdout = open(os.devnull, "w")
 

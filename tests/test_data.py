@@ -149,7 +149,7 @@ def test_imagenet_names(everything, tmp_path):
 
 
 def test_missing_data_says_what_to_do(tmp_path, everything):
-    with pytest.raises(UserError, match="dtd: .*dtd/images .*is no folder: get .*--download"):
+    with pytest.raises(UserError, match="dtd: no images in .*dtd/images .*: get .*--download"):
         read("dtd", tmp_path)
     with pytest.raises(UserError, match="link is dead.*cars_train"):
         read("stanford_cars", tmp_path, download=True)
