@@ -11,7 +11,7 @@ and `text_tower`. The rest is the harness: skip it until you want to know how a 
 
 Axes, everywhere: B images in a batch, N images, C classes, D joint embedding width, W width of the
 text transformer, M context tokens, P prefix tokens (SOS + context), G different prefixes, R rows of
-S tokens that hold all class names, K texts in a row, L samples. Small letters: mostly a part.
+S tokens that hold all class names, K texts in a row, L samples. Small letters: a part.
 """
 
 import argparse
@@ -89,12 +89,8 @@ def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False
         new = {*names.lower().split()} - {*" ".join(data.world.vocabulary()).split()}
         require(not new, f"toyclip never saw the words {sorted(new)[:9]}: name another --model")
     twin = f"{clip.name}-quickgelu"
-    gelu = (
-        os.path.isfile(clip.pretrained)
-        and activation(clip.model) == "GELU"
-        and twin in open_clip.list_models()
-    )
-    tell(task.notes, gelu, f"its activation is GELU; weights by OpenAI need --model {twin}")
+    if os.path.isfile(clip.pretrained) and activation(clip.model) == "GELU":
+        tell(task.notes, twin in open_clip.list_models(), f"GELU; OpenAI's weights need {twin}")
     tell(task.notes, not clip.fast, "it has no CLIP's text tower: encoded whole, 10 to 30 x slower")
     return clip
 
@@ -152,10 +148,8 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
         return open_clip.create_model(name, require_pretrained=True)
     if not os.path.isfile(pretrained):
         tags = open_clip.list_pretrained_tags_by_model(name)
-        # Of a model without any, or unknown, open_clip says it.
         require(
-            not tags or pretrained in tags,
-            f"{pretrained!r} is no file and no tag of {name}: {tags}",
+            not tags or pretrained in tags, f"no file, no tag of {name}'s {tags}: {pretrained!r}"
         )
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         return open_clip.create_model(
@@ -533,8 +527,8 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
 
 def warmup_notes(args: argparse.Namespace) -> list[str]:
     """Where warmup_cosine does what nobody means."""
-    low = "the first epoch's rate is 1e-5: more than --lr, or with --epochs 1 the only rate"
-    return [low] if not args.eval and (args.lr < 1e-5 or args.epochs == 1) else []
+    low = not args.eval and (args.lr < 1e-5 or args.epochs == 1)
+    return ["the first epoch's rate is 1e-5: more than --lr, or (--epochs 1) the only one"] * low
 
 
 # 5. RUNS: flags, the run folder, results ----------------------------------------------------------
@@ -609,9 +603,7 @@ def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> da
     return parser
 
 
-def settle(
-    parser: data.Parser, argv, method: str, defaults: Callable, alone: bool = True
-) -> argparse.Namespace:
+def settle(parser, argv, method: str, defaults: Callable, alone=True) -> argparse.Namespace:
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used, and for
     several processes where a method learns `alone`."""
@@ -775,13 +767,12 @@ def part_of(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the folder's checkpoint, if there is one → the epoch to go on with."""
-    path = out / "checkpoint.safetensors"
-    return load_checkpoint(out, module, optimizer) if path.exists() else 0
+    return (
+        load_checkpoint(out, module, optimizer) if (out / "checkpoint.safetensors").exists() else 0
+    )
 
 
-def end_epoch(
-    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, last=False
-) -> None:
+def end_epoch(out: Path, epoch: int, module, optimizer, line: dict, last: bool = False) -> None:
     """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
     last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
 
