@@ -76,7 +76,7 @@ def interrupted(epoch: int, saved: bool = True):
         yield
 
 
-def own_images(root: Path, n: int = 12) -> list[str]:
+def photos(root: Path, n: int = 12) -> list[str]:
     """A user's folder of two classes with n images each → the flags of a quick run on it."""
     for shade, cls in enumerate(("red circle", "blue heart")):
         for i in range(n):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import QUICK, each_script, own_images, read, refused, run
+from conftest import QUICK, each_script, photos, read, refused, run
 from test_runs import SHORT
 
 import common
@@ -20,10 +20,10 @@ import vpt
 
 # Where it came from -------------------------------------------------------------------------------
 def test_evaluation_speaks_of_no_training(tmp_path, capsys):
-    flags = own_images(tmp_path / "a")
+    flags = photos(tmp_path / "a")
     prograd.main([*flags, "--out-dir", "run", "--shots", "2"])
     assert "another --seed" in capsys.readouterr().out
-    own_images(tmp_path / "b", n=3)
+    photos(tmp_path / "b", n=3)
     result = prograd.main(["--eval", "run", "--dataset", f"folder:{tmp_path}/b"])
     out = capsys.readouterr().out
     assert "try next:\n    python" in out and "--seed" not in out
@@ -32,7 +32,7 @@ def test_evaluation_speaks_of_no_training(tmp_path, capsys):
 
 
 def test_where_a_figure_came_from(tmp_path):
-    flags = own_images(tmp_path / "a")
+    flags = photos(tmp_path / "a")
     trained = run(prograd, *flags, "--out-dir", "run", "--seed", 3, "--shots", 2)
     again = run(prograd, "--eval", "run", "--out-dir", "again")
     config = read("run", "config.json")

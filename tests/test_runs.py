@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import io
 import itertools
 import json
@@ -19,19 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CACHE,
-    QUICK,
-    REPO,
-    SCRIPTS,
-    checkpoint,
-    each_script,
-    interrupted,
-    own_images,
-    read,
-    refused,
-    run,
-)
+from conftest import CACHE, QUICK, checkpoint, each_script, interrupted, photos, read, refused, run
 
 import common
 import data
@@ -124,8 +113,7 @@ def test_flags(script):
     parser = script.build_parser()
     assert vars(parser.parse_args([])) == {}
     settled = common.settle(parser, [], script.__name__, script.defaults)
-    files = (script.__name__, "common", "data")
-    source = "".join((REPO / f"{file}.py").read_text() for file in files)
+    source = "".join(map(inspect.getsource, (script, common, data)))
     for action in parser._actions[1:]:  # after --help
         assert action.dest in vars(settled)
         named = re.findall(rf'args\.{action.dest}\b|"{action.dest}"', source)
@@ -161,7 +149,7 @@ def test_killed_and_resumed(script, trained):
     whole = trained(script, *SHORT[script], "--compare")
     flags = [*SHORT[script], "--cache-dir", CACHE.name, "--compare", "--resume", "killed"]
     for epoch in (1, 2):
-        command = [sys.executable, REPO / f"{script.__name__}.py", *flags]
+        command = [sys.executable, script.__file__, *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         end = time.time() + 60
         while time.time() < end and process.poll() is None:
@@ -301,7 +289,7 @@ def test_evaluation_on_other_classes(flags, classes, half):
 
 def test_data_that_changed(tmp_path):
     """A run, interrupted or finished, goes on with the classes and images it began with."""
-    flags = [*own_images(tmp_path / "photos"), "--compare"]
+    flags = [*photos(tmp_path / "photos"), "--compare"]
     run(prograd, *flags, "--out-dir", "here")
     for file in ("result.json", "metrics.jsonl", "checkpoint.safetensors"):
         Path("here", file).unlink()  # as if killed after the baseline's training
@@ -322,7 +310,7 @@ def test_data_that_changed(tmp_path):
 
 
 def test_images_that_were_trained_on_are_noted(tmp_path):
-    flags = own_images(tmp_path / "photos")
+    flags = photos(tmp_path / "photos")
     run(prograd, *flags, "--out-dir", "here")
     notes = run(prograd, "--eval", "here", "--test-part", "val")["notes"]
     assert not any("trained on" in note for note in notes)
@@ -337,41 +325,41 @@ def test_images_that_were_trained_on_are_noted(tmp_path):
 
 # What is refused ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("command", "text"),
+    ("script", "flags", "text"),
     [
-        ("prograd --lr -1", "--lr -1.0: it must be from 1e-09"),
-        ("prograd --lr nan", "--lr nan: it must be"),
-        ("prograd --shots 0", "--shots 0: it must be from 1 to"),
-        ("prograd --seed -1", "--seed -1: it must be from 0 to"),
-        ("prograd --momentum 2", "--momentum 2.0: it must be from 0 to 1"),
-        ("prograd --device gpu", "--device gpu: here it can be cpu"),
-        ("prograd --device cuda:99", "--device cuda:99: here it can be"),
-        ("prograd --device cpu --precision fp16", "--precision fp16 needs a GPU"),
-        ("prograd --csc --classes base", "--csc has no context for classes outside training"),
-        ("prograd --n-ctx 2", "'a photo of a {}.' has 4 tokens: use --n-ctx 4 or more"),
-        ("prograd --model RN51", "--model RN51 is unknown"),
-        ("prograd --cache-dir afile", "--cache-dir afile is a file: name a folder"),
-        ("prograd --eval-every 1 --dataset imagenet_a", "no images in data/imagenet-adversarial"),
-        ("vpt --ctx-init=", "--ctx-init is empty"),
-        ("proreg --loss kd --alpha 2", "--alpha of --loss kd is a share: 1 at most"),
-        ("proreg --head mlp --wise-ft 0.5", "--head mlp has no prompt"),
-        ("proreg --head mlp --classes base", "--head mlp has no prompt"),
-        ("proreg --head mlp --test-on toy_fillshapes_sketch", "--head mlp has no prompt"),
-        *[(f"prograd {flag}", "--help") for flag in ("--no-such", "--eval-only", "--lr x")],
+        (prograd, "--lr -1", "--lr -1.0: it must be from 1e-09"),
+        (prograd, "--lr nan", "--lr nan: it must be"),
+        (prograd, "--shots 0", "--shots 0: it must be from 1 to"),
+        (prograd, "--seed -1", "--seed -1: it must be from 0 to"),
+        (prograd, "--momentum 2", "--momentum 2.0: it must be from 0 to 1"),
+        (prograd, "--device gpu", "--device gpu: here it can be cpu"),
+        (prograd, "--device cuda:99", "--device cuda:99: here it can be"),
+        (prograd, "--device cpu --precision fp16", "--precision fp16 needs a GPU"),
+        (prograd, "--csc --classes base", "--csc has no context for classes outside training"),
+        (prograd, "--n-ctx 2", "'a photo of a {}.' has 4 tokens: use --n-ctx 4 or more"),
+        (prograd, "--model RN51", "--model RN51 is unknown"),
+        (prograd, "--cache-dir afile", "--cache-dir afile is a file: name a folder"),
+        (prograd, "--eval-every 1 --dataset imagenet_a", "no images in data/imagenet-adversarial"),
+        (vpt, "--ctx-init=", "--ctx-init is empty"),
+        (proreg, "--loss kd --alpha 2", "--alpha of --loss kd is a share: 1 at most"),
+        (proreg, "--head mlp --wise-ft 0.5", "--head mlp has no prompt"),
+        (proreg, "--head mlp --classes base", "--head mlp has no prompt"),
+        (proreg, "--head mlp --test-on toy_fillshapes_sketch", "--head mlp has no prompt"),
+        *[(prograd, flag, "--help") for flag in ("--no-such", "--eval-only", "--lr x")],
     ],
 )
-def test_bad_flags_are_one_line(command, text):
+def test_bad_flags_are_one_line(script, flags, text):
     Path("afile").write_text("")
-    name, *flags = command.split()
-    assert text in ends(2, SCRIPTS[name], *flags)
+    assert text in ends(2, script, *flags.split())
 
 
 def test_broken_image_is_named(tmp_path):
     """As a user starts it: one line on stderr, exit status 2, nothing written."""
-    flags = own_images(tmp_path / "photos")
+    flags = photos(tmp_path / "photos")
     for name in ("red circle/03.png", "blue heart/15.png"):
         (tmp_path / "photos" / name).write_bytes(b"no image")
-    command = [sys.executable, REPO / "prograd.py", *flags, "--shots", "all", "--cache-dir", "none"]
+    flags += ["--shots", "all", "--cache-dir", "none"]
+    command = [sys.executable, prograd.__file__, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "broken images, mend or remove them" in done.stderr and "Traceback" not in done.stderr
@@ -393,7 +381,7 @@ def test_folders_are_claimed():
     code = f"import common, sys; from argparse import *; print(common.claim_folder({args}), "
     code += "flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    env = os.environ | {"PYTHONPATH": str(REPO)}
+    env = os.environ | {"PYTHONPATH": os.path.dirname(common.__file__)}
     other = subprocess.Popen([sys.executable, "-c", code], **pipes, env=env)
     name = other.stdout.readline().strip()
     assert name == "runs/m-a-4shot-seed1"
