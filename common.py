@@ -432,14 +432,13 @@ def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, c
 
 
 def feature_key(clip: Clip, items: list[data.Item], transform, args, view: int) -> str:
-    """A file name: hash of all that decides features, and of each file of what an exchanged one
-    cannot keep (its inode, the time of its last change)."""
+    """A file name: hash of all that decides features (the test transform draws none), and of each
+    file of what an exchanged one cannot keep (inode, time of change)."""
     code = [ast.unparse(ast.parse(inspect.getsource(part))) for part in FEATURE_CODE]  # no comments
     files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are no files
     states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
     parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, code,
              [path for path, _ in items], states, repr(transform),
-             # The test transform draws nothing.
              transform is not clip.preprocess and [args.seed, view]]  # fmt: skip
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
 
@@ -773,11 +772,9 @@ def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def end_epoch(out: Path, epoch: int, module, optimizer, line: dict, last: bool = False) -> None:
-    """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
-    last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
-
-    line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
-    """
+    """A line of metrics.jsonl, {name: number or tensor}, and a checkpoint; FloatingPointError
+    for what is not finite. The last checkpoint has no optimiser's state: it is most of its size,
+    and is not needed any more. WHY read here, once an epoch: reading stops a GPU."""
     # 0, or nan where anything in it is not finite.
     learned = {name: (value * 0).sum() for name, value in module.state_dict().items()}
     zero = next(module.parameters()).new_zeros((), dtype=torch.float64)
@@ -826,10 +823,10 @@ def write_result(
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
     training = {"run": os.path.abspath(args.eval or out), **task.training}
-    means = harmonic_means(tests) if training["dataset"] == task.name else {}
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
-              "split": training["split"], "harmonic_mean": means,
+              "split": training["split"],
+              "harmonic_mean": harmonic_means(tests) if training["dataset"] == task.name else {},
               "seconds": round(time.time() - start, 2), "versions": VERSIONS,
               "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())

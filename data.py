@@ -602,11 +602,7 @@ def split_rest(found: Found) -> None:
 
 def check_overlaps(found: Found) -> None:
     """A note on images that are there twice, by links. None is both trained and tested on."""
-    uses = [
-        (found.real[address], part)
-        for (part, _), items in found.sets.items()
-        for address, _ in items
-    ]
+    uses = [(found.real[a], part) for (part, _), items in found.sets.items() for a, _ in items]
     images = group(uses, lambda use: use[0]).items()
     parts_of = {image: {part for _, part in those} for image, those in images if len(those) > 1}
     tell(found.notes, parts_of, f"{len(parts_of)} images are there twice, as {[*parts_of][:1]}")

@@ -384,9 +384,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     return learner
 
 
-def training_batches(
-    args: argparse.Namespace, clip: Clip, task: data.Task, epoch: int
-) -> list[tuple[int, Iterator]]:
+def training_batches(args, clip: Clip, task: data.Task, epoch: int) -> list[tuple[int, Iterator]]:
     """For each batch of an epoch its size, and an iterator over the parts that this process takes
     of it, each (images [b, 3, H, W], labels [b], positions [b])."""
     transform = data.train_transform(clip.preprocess, args.augment)
