@@ -101,9 +101,9 @@ def explain(error: Exception) -> tuple[int, str]:
 
 def write(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: after a kill there is the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:  # a failed write does not say to which file
@@ -115,7 +115,8 @@ def write(path: Path, content: bytes) -> None:
 
 def progress(things: Iterable, text: str) -> tqdm:
     """A bar on stderr, if that is a terminal; of several processes one shows it."""
-    return tqdm(things, text, leave=False, disable=os.environ.get("RANK", "0") != "0" or None)
+    silent = os.environ.get("RANK", "0") != "0" or not getattr(sys.stderr, "isatty", bool)()
+    return tqdm(things, text, leave=False, disable=silent)
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -172,29 +173,30 @@ SOURCES = {
                        "ILSVRC-2012 of image-net.org, unpacked to train/WNID/* and val/WNID/*",
                        paths=f"(?P<part>train|val)/{CLASS}"),
     "caltech101": Source("caltech-101/101_ObjectCategories caltech101/101_ObjectCategories",
-                         "torchvision.Caltech101", split="Caltech101"),
-    "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images",
-                          "torchvision.OxfordIIITPet", "a photo of a {}, a type of pet.",
-                          "a type of pet, a photo of a {}.", "OxfordPets"),
+                         "torchvision.Caltech101 by --download", split="Caltech101"),
+    "oxford_pets": Source(
+        "oxford_pets/images oxford-iiit-pet/images", "torchvision.OxfordIIITPet by --download",
+        "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.", "OxfordPets"),
     "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test, see "
                             f"github.com/pytorch/vision/issues/7545, or the copy at {COPY}",
                             split="StanfordCars"),
-    "oxford_flowers": Source("oxford_flowers/jpg flowers-102/jpg",
-                             "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
-                             "a photo of a {}, a type of flower.",
-                             "a type of flower, a photo of a {}.", "OxfordFlowers"),
-    "food101": Source("food-101/images", "torchvision.Food101", "a photo of {}, a type of food.",
-                      "a type of food, a photo of {}.", "Food101"),
+    "oxford_flowers": Source(
+        "oxford_flowers/jpg flowers-102/jpg", "102flowers.tgz, www.robots.ox.ac.uk/~vgg/data/flowers",
+        "a photo of a {}, a type of flower.", "a type of flower, a photo of a {}.",
+        "OxfordFlowers"),
+    "food101": Source("food-101/images", "torchvision.Food101 by --download",
+                      "a photo of {}, a type of food.", "a type of food, a photo of {}.", "Food101"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
-                            "torchvision.FGVCAircraft", "a photo of a {}, a type of aircraft.",
+                            "torchvision.FGVCAircraft by --download",
+                            "a photo of a {}, a type of aircraft.",
                             "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
     "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, for SUN397/a/*, or "
                      f"the copy at {COPY}", split="SUN397"),
-    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD", "{} texture.",
+    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD by --download", "{} texture.",
                   "a texture of {}.", "DescribableTextures"),
-    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT", "a centered satellite photo of {}.",
-                      split="EuroSAT"),
+    "eurosat": Source("eurosat/2750", "torchvision.EuroSAT by --download",
+                      "a centered satellite photo of {}.", split="EuroSAT"),
     "ucf101": Source("ucf101/UCF-101-midframes", "UCF-101-midframes.zip, see CoOp's DATASETS.md",
                      "a photo of a person doing {}.", split="UCF101"),
     # ImageNet's variants, for testing only
@@ -302,7 +304,7 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     data_root = os.path.expanduser(args.data_root)
     places = [os.path.join(data_root, folder) for folder in source.images.split()]
     places = places or [os.path.expanduser(path)]
-    fetch = re.search(r"torchvision\.(\w+)", source.get)
+    fetch = re.search(r"torchvision\.(\w+) by", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
@@ -311,8 +313,7 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
     root = next(filter(os.path.isdir, places), "")
-    advice = f"get {source.get}{', or --download' if fetch else ''}"
-    require(root, f"{name}: no images in {' or '.join(places)}, which is no folder: {advice}")
+    require(root, f"{name}: no images in {' or '.join(places)}, no such folder: get {source.get}")
     return Found(name, source, root)
 
 

@@ -179,7 +179,10 @@ class PromptedClassifier(torch.nn.Module):
     def __init__(self, clip: Clip, classnames: list[str], template: str, head="text", seed=1):
         super().__init__()
         # clip.start: the image encoder in fp32, where the frozen one is held in half precision.
-        self.visual = copy.deepcopy(clip.start or clip.model.visual).to(clip.device)
+        # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
+        self.visual = copy.deepcopy(clip.start or clip.model.visual).to(
+            clip.device, memory_format=torch.contiguous_format
+        )
         self.classnames = classnames  # of the classifier's rows
         self.template = template
         text = common.prompt_features(clip, classnames, template)  # [C, D]
