@@ -683,7 +683,7 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     require(old["weights"] == clip.weights, f"{earlier} had other CLIP weights: name --pretrained")
     for key in () if args.eval else ("classnames", "train", "tests"):
         other = sorted({*old[key]} ^ {*config[key]})[:1]
-        require(old[key] == config[key], f"{earlier} began with other {key!r}: restore {other}")
+        require(old[key] == config[key], f"{earlier} was begun with other {key}: {other}")
     require(
         not args.eval or Path(args.eval, "result.json").exists(),
         f"{args.eval} has not finished training: --resume it",
@@ -712,10 +712,10 @@ def claim_folder(args: argparse.Namespace) -> Path:
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
     for k in itertools.count(1):
         out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
-        if args.resume or not data.begun(out):
-            out.mkdir(parents=True, exist_ok=True)
+        free = not data.begun(out) and (not (out / "config.json").exists() or read_run(out))
+        if args.resume or free:
             with contextlib.suppress(filelock.Timeout):
-                # is_singleton: a process may make one run after the other in one folder.
+                # It makes the folder. is_singleton: a process may begin two runs in one folder.
                 LOCKS.append(filelock.FileLock(out / ".lock", 0, is_singleton=True).acquire())
                 return out
         require(not named, f"{out} is in use or holds a run: --resume it, or another --out-dir")

@@ -180,12 +180,13 @@ SOURCES = {
     "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test, see "
                             f"github.com/pytorch/vision/issues/7545, or the copy at {COPY}",
                             split="StanfordCars"),
-    "oxford_flowers": Source(
-        "oxford_flowers/jpg flowers-102/jpg", "102flowers.tgz, www.robots.ox.ac.uk/~vgg/data/flowers",
-        "a photo of a {}, a type of flower.", "a type of flower, a photo of a {}.",
-        "OxfordFlowers"),
-    "food101": Source("food-101/images", "torchvision.Food101 by --download",
-                      "a photo of {}, a type of food.", "a type of food, a photo of {}.", "Food101"),
+    "oxford_flowers": Source("oxford_flowers/jpg flowers-102/jpg",
+                             "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
+                             "a photo of a {}, a type of flower.",
+                             "a type of flower, a photo of a {}.", "OxfordFlowers"),
+    "food101": Source(
+        "food-101/images", "torchvision.Food101 by --download",
+        "a photo of {}, a type of food.", "a type of food, a photo of {}.", "Food101"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
                             "torchvision.FGVCAircraft by --download",
                             "a photo of a {}, a type of aircraft.",
@@ -603,11 +604,11 @@ def split_rest(found: Found) -> None:
 
 def check_overlaps(found: Found) -> None:
     """A note on images that are there twice, by links. None is both trained and tested on."""
-    uses = [(found.real[a], part) for (part, _), items in found.sets.items() for a, _ in items]
-    images = group(uses, lambda use: use[0]).items()
-    parts_of = {image: {part for _, part in those} for image, those in images if len(those) > 1}
-    tell(found.notes, parts_of, f"{len(parts_of)} images are there twice, as {[*parts_of][:1]}")
-    both = [image for image, parts in parts_of.items() if {"train", "test"} <= parts]
+    uses = [(found.real[a], a, part) for (part, _), items in found.sets.items() for a, _ in items]
+    twice = [[*zip(*uses)][1:] for uses in group(uses, lambda use: use[0]).values() if uses[1:]]
+    text = f"{len(twice)} images are there twice, as {[addresses for addresses, _ in twice][:1]}"
+    tell(found.notes, twice, text)
+    both = [addresses for addresses, parts in twice if {"train", "test"} <= {*parts}]
     require(not both, f"{len(both)} images are trained and tested on: remove one of {both[:9]}")
 
 
@@ -717,7 +718,7 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
     what that run was trained on."""
-    require((args.template or "{}").count("{}") == 1, "--template needs one {}, for the class")
+    require(re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"), "--template needs one {}")
     run = read_run(args.eval) if args.eval else {"settings": vars(args)}
     name = run["settings"]["dataset"]
     trained = {name, place(name, run["root"])} if args.eval else {name}

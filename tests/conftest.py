@@ -66,10 +66,10 @@ def interrupted(epoch: int, saved: bool = True):
     """Ctrl-C at the end of this epoch, counted from 1: after its checkpoint, or just before it."""
     save = common.save_checkpoint
 
-    def stop(out, *args, **note):
-        if saved or note["epoch"] < epoch:
-            save(out, *args, **note)
-        if note["epoch"] == epoch:
+    def stop(out, module, epochs, optimizer):
+        if saved or epochs < epoch:
+            save(out, module, epochs, optimizer)
+        if epochs == epoch:
             raise KeyboardInterrupt
 
     with mock.patch.object(common, "save_checkpoint", stop), pytest.raises(KeyboardInterrupt):

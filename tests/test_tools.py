@@ -177,7 +177,7 @@ def test_mistakes(runs, capsys):
     Path("evil.py").write_text("raise SystemExit(99)")
     run = str(runs / "prograd")
     for flags, text in (
-        (["predict", "nothing", photo], "nothing is no run folder"),
+        (["predict", "nothing", photo], "nothing/config.json is missing"),
         (["predict", "half", photo], "half/checkpoint.safetensors cannot be read"),
         (["predict", "foreign", photo], "config.json"),
         (["predict", "empty", photo], "config.json"),
