@@ -168,8 +168,7 @@ def build_model(name: str, pretrained: str) -> torch.nn.Module:
 def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
     """The CLIP with its frozen towers held in `precision`: what autocast would cast anew in every
     pass is cast once. Every number stays that of autocast over fp32 weights, to the last bit. The
-    text tower stays fp32 in fp16 (for gradients: see autocast) and for `plain`, as open_clip's own
-    code casts more."""
+    text tower stays fp32 in fp16 (see autocast), and for `plain`: open_clip's code casts more."""
     if precision == "fp32":
         return clip
     start = copy.deepcopy(clip.model.visual) if tuned else None
@@ -706,8 +705,7 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
 
 
 def claim_folder(args: argparse.Namespace) -> Path:
-    """The run's folder, in which no other command is at work. One in which nothing was trained can
-    be used again."""
+    """The run's folder: one in which no other command is at work, and nothing was trained."""
     named = args.resume or args.out_dir
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
     for k in itertools.count(1):

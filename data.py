@@ -292,8 +292,7 @@ def has_domains(found: Found) -> bool:
 
 
 def locate(name: str, args: argparse.Namespace) -> Found:
-    """The row of a dataset and its image folder; with --download torchvision fetches it. A toy
-    task is found whole."""
+    """A dataset's row and image folder, which torchvision may --download; a toy task is whole."""
     if name in world.TASKS:
         source = Source("", template=world.TASKS[name].template)
         return Found(name, source, "", *world.task_items(name))

@@ -168,8 +168,7 @@ def proreg_loss(
 
 # 2. MODEL: CLIP's image encoder, and a classifier that starts as the zero-shot prompt -------------
 class PromptedClassifier(torch.nn.Module):
-    """A copy of CLIP's image encoder and, of the text side, only the features of the training
-    classes' prompts.
+    """A copy of CLIP's image encoder and, of the text side, the features of the classes' prompts.
 
     text_features [C, D] stay unnormalised, as released. WHY that matters: Adam's steps have one
     size, so the length of a row sets how fast it turns. head "mlp": no prompt, but two layers from
@@ -231,8 +230,7 @@ def parameter_groups(learner: PromptedClassifier, lr: float, factor: float, weig
 
 
 def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
-    """The rate of step 0 .. steps - 1 (Eq. 7), as a fraction of its peak; it rises in the first
-    `warmup` of the steps.
+    """Rate of step 0 .. steps - 1 (Eq. 7), a share of its peak; it rises in the first `warmup`.
 
     >>> [round(warmup_linear(step, 10, 0.2), 3) for step in (0, 1, 2, 9)]
     [0.0, 0.5, 1.0, 0.125]
