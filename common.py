@@ -11,7 +11,7 @@ and `text_tower`. The rest is the harness: skip it until you want to know how a 
 
 Axes, everywhere: B images in a batch, N images, C classes, D joint embedding width, W width of the
 text transformer, M context tokens, P prefix tokens (SOS + context), G different prefixes, R rows of
-S tokens that hold all class names, K texts in a row, L samples. Small letters: mostly a part.
+S tokens that hold all class names, K texts in a row, L samples. Small letters: a part.
 """
 
 import argparse
@@ -27,14 +27,14 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import numpy as np
 import open_clip
 import safetensors.torch
@@ -44,15 +44,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import data
-from data import UserError, progress, read_json, require, run, write  # noqa: F401
+from data import UserError, progress, read_json, read_run, require, run, tell, write  # noqa: F401
 
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
-VERSIONS = {
-    name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
-}
+VERSIONS = {p: version(p) for p in "torch torchvision open_clip_torch numpy pillow timm".split()}
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
-HELD = []  # the locked run folder, as a file that is open
+LOCKS = []  # of run folders; the system frees them when this process ends, however it ends
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+open_clip.add_model_config(TOYCLIP / "toyclip.json")
 
 
 # 1. CLIP ------------------------------------------------------------------------------------------
@@ -72,28 +71,27 @@ class Clip:
     weights: str = ""  # hash of tensors and activation: which CLIP it is, wherever its file lies
     start: torch.nn.Module | None = None  # fp32 image encoder, where model's is held in half
     fast: bool = True  # section 2's fast encoder equals its text tower
-    notes: tuple[str, ...] = ()  # what a run with it should say
 
     @property
     def width(self) -> int:
         """W, of the text transformer."""
         return text_tower(self.model).token_embedding.weight.shape[1]
 
-    @property
-    def embed_dim(self) -> int:
-        """D, of the features of both towers."""
-        projection = text_tower(self.model).text_projection  # a matrix [W, D], or a layer (SigLIP)
-        return getattr(projection, "out_features", None) or projection.shape[1]
-
 
 def load_run_clip(args: argparse.Namespace, task: data.Task, tuned: bool = False) -> Clip:
-    """The CLIP that a run's flags name; its notes become the task's."""
-    if args.model == "toyclip":
-        torch.set_num_threads(1)  # so small that a second thread costs time
+    """The CLIP that a run's flags name; the task's notes say what is special about it."""
     clip = load_clip(
         args.model, args.pretrained, args.device, args.precision, args.memory_gb, tuned
     )
-    task.notes[:0] = clip.notes  # before those on the data: at most two are printed
+    if clip.name == "toyclip":
+        torch.set_num_threads(1)  # so small that a second thread costs time
+        names = " ".join(name for test in task.tests for name in test.classnames).replace("_", " ")
+        new = {*names.lower().split()} - {*" ".join(data.world.vocabulary()).split()}
+        require(not new, f"toyclip never saw the words {sorted(new)[:9]}: name another --model")
+    twin = f"{clip.name}-quickgelu"
+    if os.path.isfile(clip.pretrained) and activation(clip.model) == "GELU":
+        tell(task.notes, twin in open_clip.list_models(), f"GELU; OpenAI's weights need {twin}")
+    tell(task.notes, not clip.fast, "it has no CLIP's text tower: encoded whole, 10 to 30 x slower")
     return clip
 
 
@@ -101,66 +99,76 @@ def load_clip(
     model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0, tuned=False
 ) -> Clip:
     """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
-
     tuned: the image encoder is to be fine-tuned, so that its fp32 weights are kept as `start`.
-    UserError for what is unknown, cannot be read, or has not CLIP's kind of text tower.
-    """
+    UserError for what is unknown or cannot be read."""
     # Of hf-hub: and local-dir: open_clip takes configuration, weights and tokenizer together.
     name = model if ":" in model else model.replace("/", "-")
-    if name == "toyclip":
-        open_clip.add_model_config(TOYCLIP / "toyclip.json")
-        pretrained = pretrained or str(TOYCLIP / "weights.safetensors")
+    source = pretrained or (str(TOYCLIP / "weights.safetensors") if name == "toyclip" else "")
+    logging.disable(logging.CRITICAL)  # what open_clip logs is said better in the line below
     try:
-        logging.disable(logging.CRITICAL)  # what open_clip logs is said better in the line below
         with warnings.catch_warnings(action="ignore"):
-            net = build_model(name, pretrained or "")
+            net = build_model(name, source)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds
-        reason = str(error)[:1000] or repr(error)
-        if os.path.isfile(pretrained or "") and not isinstance(error, UserError):
-            # WHY not torch's words: they advise to unpickle all the same.
-            reason = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
-        raise UserError(f"cannot load {model} {pretrained or ''}: {reason}") from error
+        # WHY not torch's advice on a pickle: it is to unpickle all the same.
+        tensors = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
+        reason = tensors if "weights_only" in str(error) else str(error)[:500] or repr(error)
+        raise UserError(f"cannot load {model} {source}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
     net = net.float().eval().requires_grad_(False)
+    require(hasattr(text_tower(net), "token_embedding"), f"{name} has no CLIP's text tower")
     hashes = {
         key: hashlib.sha1(value.contiguous().numpy()).hexdigest()
         for key, value in sorted(net.state_dict().items())
     }
-    if name != "toyclip" and type(net.visual).__name__ == "ModifiedResNet":
-        net.visual.to(memory_format=torch.channels_last)  # faster convolutions
-    require(hasattr(text_tower(net), "token_embedding"), f"{name} has no CLIP's text tower")
-    twin = f"{name}-quickgelu"
-    has_twin = os.path.isfile(pretrained or "") and twin in open_clip.list_models()
-    note = f"{name} computes with GELU; weights trained by OpenAI need --model {twin}"
-    cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
+    sizes = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
     clip = Clip(
-        net,
-        open_clip.transform.image_transform_v2(cfg, is_train=False),
-        tokenizer,
-        name,
-        pretrained or "",
-        memory_gb=memory_gb,
-        scale=net.logit_scale.double().exp().item(),
+        net, open_clip.transform.image_transform_v2(sizes, is_train=False), tokenizer, name, source,
+        memory_gb=memory_gb, scale=net.logit_scale.double().exp().item(),
         weights=hashlib.sha1(repr((activation(net), hashes)).encode()).hexdigest(),
-        notes=(note,) if has_twin and activation(net) == "GELU" else (),
-    )
+    )  # fmt: skip
     # WHY checked on the CPU: a fault that only a GPU shows must stop the run.
     clip = in_precision(check_text_tower(clip), precision, tuned)
     net.to(device)
     return dataclasses.replace(clip, device=device)
 
 
+def build_model(name: str, pretrained: str) -> torch.nn.Module:
+    """The model with its weights: of a tag, of the hub, or of a local file (an archive of OpenAI's,
+    safetensors, a state dict or a training checkpoint). No Python code in a file is run.
+
+    WHY care: QuickGELU and GELU give different numbers, silently. A tag's own entry decides;
+    OpenAI's archives are QuickGELU; for other local files the model's name decides. WHY not
+    open_clip's loader for files: it resizes position embeddings of another size without a word.
+    """
+    if ":" in name:
+        require(not pretrained, f"{name} has weights of its own: no --pretrained")
+        return open_clip.create_model(name, require_pretrained=True)
+    if not os.path.isfile(pretrained):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        require(
+            not tags or pretrained in tags, f"no file, no tag of {name}'s {tags}: {pretrained!r}"
+        )
+        quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        return open_clip.create_model(
+            name, pretrained, force_quick_gelu=quick, require_pretrained=True
+        )
+    try:
+        state, archive = torch.jit.load(pretrained, map_location="cpu").state_dict(), True
+    except RuntimeError:  # no archive; what follows reads with weights_only
+        state, archive = open_clip.factory.load_state_dict(pretrained), False
+    net = open_clip.create_model(name, force_quick_gelu=archive)
+    no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+    net.load_state_dict({k: value for k, value in state.items() if not k.endswith(no_weights)})
+    return net
+
+
 def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
     """The CLIP with its frozen towers held in `precision`: what autocast would cast anew in every
-    pass (linear layers, convolutions, attention, projections) is cast once. Every number stays that
-    of autocast over fp32 weights, to the last bit.
-
-    The text tower stays fp32 in fp16 (for gradients: see autocast) and for `plain`, as open_clip's
-    own code casts more.
-    """
+    pass is cast once. Every number stays that of autocast over fp32 weights, to the last bit. The
+    text tower stays fp32 in fp16 (see autocast), and for `plain`: open_clip's code casts more."""
     if precision == "fp32":
         return clip
     start = copy.deepcopy(clip.model.visual) if tuned else None
@@ -173,74 +181,14 @@ def in_precision(clip: Clip, precision: str, tuned: bool = False) -> Clip:
     return dataclasses.replace(clip, precision=precision, start=start)
 
 
-def build_model(name: str, pretrained: str) -> torch.nn.Module:
-    """The model with its weights.
-
-    WHY care: QuickGELU and GELU give different numbers, silently. The activation follows the
-    weights: a tag's own entry decides; OpenAI's TorchScript archives are QuickGELU; for any other
-    local file the model's name decides.
-    """
-    if ":" in name:
-        return open_clip.create_model(name, require_pretrained=True)
-    require(
-        open_clip.get_model_config(name),
-        f"--model {name} is unknown to open_clip: name one such as RN50, ViT-B-16",
-    )
-    if Path(pretrained).is_file():
-        state, archive = read_weights(pretrained)
-        net = open_clip.create_model(name, force_quick_gelu=archive)
-        load_tensors(net, state, f"{pretrained} holds another model than {name}")
-        return net
-    name = name.removesuffix("-quickgelu")  # of a pair of names this one has all tags
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
-    require(tag, f"--pretrained {pretrained!r} is no file and no tag of {name}: {tags}")
-    return open_clip.create_model(
-        name,
-        pretrained,
-        force_quick_gelu=bool(tag.get("quick_gelu")),
-        require_pretrained=True,
-    )
-
-
-def read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a local file (an archive of OpenAI's, safetensors, a state dict or a training
-    checkpoint), and whether it is such an archive. No Python code in it is run.
-
-    WHY not open_clip's loader: it resizes position embeddings of another size without a word.
-    """
-    try:
-        state, archive = torch.jit.load(path, map_location="cpu").state_dict(), True
-    except RuntimeError:  # no archive; what follows reads with weights_only
-        state, archive = open_clip.factory.load_state_dict(path), False
-    foreign = any(key.startswith(("text_model.", "vision_model.")) for key in state)
-    require(not foreign, f"{path} is in transformers' format: name a file in open_clip's, or a tag")
-    no_weights = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-    return {key: value for key, value in state.items() if not key.endswith(no_weights)}, archive
-
-
-def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], fault: str) -> None:
-    """load_state_dict, or UserError: `fault`, and the first of the reasons that torch gives."""
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        _, _, reasons = str(error).partition("\n\t")  # "Error(s) in loading ..:", and a line each
-        raise UserError(f"{fault}: see {reasons[:200]}") from error
-
-
 def activation(net: torch.nn.Module) -> str:
     return "QuickGELU" if "QuickGELU" in repr(net) else "GELU"
 
 
 @torch.no_grad()
 def check_text_tower(clip: Clip) -> Clip:
-    """The clip; where section 2's fast encoder does not equal open_clip's own tower, one that is
-    encoded by `plain`, and says so."""
-    note = (
-        "this CLIP's text tower is not causal, or not read at a text's end: prompts are encoded "
-        "whole, some 10 to 30 times slower"
-    )
-    plainly = dataclasses.replace(clip, fast=False, notes=(*clip.notes, note))
+    """The clip; one to encode by `plain` where the fast encoder does not equal its text tower."""
+    plainly = dataclasses.replace(clip, fast=False)
     theirs = prompt_features(plainly, ["photo"], "a {}")
     with contextlib.suppress(AttributeError, TypeError, RuntimeError, ValueError):
         ours = prompt_features(clip, ["photo"], "a {}")
@@ -255,26 +203,20 @@ def text_tower(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def autocast(clip: Clip, gradients: bool = False) -> torch.autocast:
-    """Mixed precision as --precision says. What is learned, and the losses, stay fp32.
-
-    WHY not fp16 where a prompt needs gradients: they underflow. That pass then runs in fp32.
-    """
-    dtype = HALF.get(clip.precision)
-    enabled = dtype == torch.bfloat16 or (dtype == torch.float16 and not gradients)
-    return torch.autocast(torch.device(clip.device).type, dtype, enabled=enabled)
+    """Mixed precision as --precision says; what is learned, and the losses, stay fp32. WHY not fp16
+    where a prompt needs gradients: they underflow. That pass then runs in fp32."""
+    half = clip.precision == "bf16" or (clip.precision == "fp16" and not gradients)
+    return torch.autocast(torch.device(clip.device).type, HALF.get(clip.precision), enabled=half)
 
 
 # 2. TEXT: many names behind one prefix. The heart of the project's speed --------------------------
 # To paste it elsewhere take along the imports and ROW_LENGTH, HALF, Clip, text_tower, autocast,
-# check_text_tower from above, UserError, require from data.py. benchmark/README.md shows a training
-# loop with it. (Of the imports not those of data.py.)
+# check_text_tower, and of data.py UserError, require. benchmark/README.md has a loop with it.
 @dataclasses.dataclass
 class Names:
     """C texts as embeddings, each whole, side by side in R rows of S tokens, at most K in a row.
-
-    The same P prefix tokens stand before every text. So each row goes through the tower behind one
-    copy of the prefix, and a mask keeps the texts of a row from seeing each other.
-    """
+    All have the same P prefix tokens before them: so each row goes through the tower behind one
+    copy of the prefix, and a mask keeps the texts of a row from seeing each other."""
 
     rows: Tensor  # [R, S, W] token + position embeddings
     mask: Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
@@ -296,8 +238,9 @@ def encode_prompts(clip: Clip, prefix: Tensor, names: Names | Tensor) -> Tensor:
     tower = text_tower(clip.model)
     P, packed = prefix.shape[1], names.mask.shape[-1] - names.rows.shape[1]
     require(P == packed, f"a prefix of {P} tokens: these names were packed for one of {packed}")
-    encode = partial(encode_rows, tower)
-    x = in_pieces(clip, encode, prefix, names.rows, names.mask, names.ends)  # [G, R, K, W]
+    x = in_pieces(
+        clip, partial(encode_rows, tower), prefix, names.rows, names.mask, names.ends
+    )  # [G, R, K, W]
     x = x.flatten(1, 2).index_select(1, names.which)  # [G, C, W]
     return (x @ tower.text_projection).to(prefix.dtype)  # whatever autocast computes in
 
@@ -363,59 +306,52 @@ def in_pieces(clip: Clip, encode: Callable, prefix: Tensor, rows: Tensor, *more:
 
 
 def name_tokens(clip: Clip, classnames: list[str], n_ctx: int, own: int = 0) -> Names | Tensor:
-    """ "name." of every class, to stand behind SOS and `n_ctx` context tokens.
-
-    With `own` the context is each class's own (--csc): n_ctx is 0, and `own` places are kept for
-    it.
-    """
+    """ "name." of every class, to stand behind SOS and `n_ctx` context tokens. --csc: n_ctx is 0,
+    and `own` places before each name are kept for its class's own context."""
     return pack(clip, [f"{name}." for name in classnames], n_ctx, own)
 
 
 def pack(clip: Clip, texts: list[str], n_ctx: int = 0, own: int = 0) -> Names | Tensor:
-    """Tokenise texts that stand behind SOS and `n_ctx` context tokens, and end in EOT.
+    """Tokenise texts that stand behind SOS, `n_ctx` context tokens and `own` places of their own.
+    Where the fast encoder cannot be used: ids for `plain`.
 
-    `own`: each text begins with so many places for its class's own context. WHY rows of about 128
-    tokens: a text takes a handful of tokens, not the context length. Rows of one length need one
-    mask and no special kernel; shorter rows repeat the prefix more often, longer ones compare more
-    tokens that are masked. Where the fast encoder cannot be used: ids for `plain`.
+    WHY rows of about 128 tokens: a text takes a handful of tokens, not the context length. Shorter
+    rows repeat the prefix more often, longer ones compare more tokens that are masked.
     """
     before = start_of_text(clip).shape[1] + n_ctx  # P
+    ids = pad(clip, texts, before + own)  # [C, n]
     if not clip.fast:
         require(not own, f"{clip.name} is encoded whole (see its note): no --csc")
-        return pad(clip, texts, before)
+        return ids.to(clip.device)
     tower = text_tower(clip.model)
     table, position = tower.token_embedding.weight.detach(), tower.positional_embedding.detach()
-    ids = [token_ids(clip, text, len(position) - before - own) for text in texts]
-    # All tokens stand in one line: each text has `size` of them, rows get about equal shares.
-    size = torch.tensor([own + len(text) for text in ids])  # [C]
-    end = size.cumsum(0)  # [C] one past its EOT
+    # A text ends where open_clip reads it, at EOT, which has the largest id.
+    place, last = torch.arange(len(position)), ids.argmax(dim=1)
+    kept = (place >= before) & (place <= last[:, None])  # [C, n]
+    # All tokens that are kept stand in one line: each text has `size` of them, rows get about equal
+    # shares. Of each token in that line: its text, its place in the prompt, its row.
+    size = kept.sum(dim=1)  # [C]
+    end = size.cumsum(0)
     n_rows = math.ceil(int(end[-1]) / max(1, ROW_LENGTH - before))
     row_of = (end - size) * n_rows // end[-1]  # [C] the row of each text
-    # Of each token in that line: its text, its place in the text, its row, its place in the row.
-    text = torch.arange(len(ids)).repeat_interleave(size)
-    place = count_up(size)
+    text, place = kept.nonzero(as_tuple=True)
     row = row_of[text]
-    column = count_up(row.bincount())
-    x = position[before + place]
-    x[place >= own] += table[torch.tensor(sum(ids, []))]
-    rows = in_rows(x, row)
-    ends = in_rows(before + column[end - 1], row_of)
+    word = place >= before + own  # or EOT
+    x = position[place]
+    x[word] += table[ids[kept][word]]
+    # A token sees the prefix and its own text, up to itself.
+    text_of = in_rows(text, row, empty=len(ids))  # [R, S]
+    sees = F.pad(text_of[:, :, None] == text_of[:, None], (before, 0, before, 0), value=True).tril()
+    mask = torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
+    _, column = in_rows(place == last[text], row).nonzero(as_tuple=True)  # [C] of the row, its EOT
+    ends = in_rows(before + column, row_of)
     return Names(
-        rows=rows,
-        mask=attention_mask(in_rows(text, row, empty=len(ids)), before).to(table),
+        rows=in_rows(x, row),
+        mask=mask.to(table),
         ends=ends.to(table.device),
-        which=(row_of * ends.shape[1] + count_up(row_of.bincount())).to(table.device),
-        own=(row * rows.shape[1] + column)[place < own].to(table.device),
+        which=ends.flatten().nonzero()[:, 0].to(table.device),  # where no text is, is a 0
+        own=in_rows(~word, row).flatten().nonzero()[:, 0].to(table.device),
     )
-
-
-def count_up(sizes: Tensor) -> Tensor:
-    """0 to size - 1, for each size in turn.
-
-    >>> count_up(torch.tensor([3, 2, 1]))
-    tensor([0, 1, 2, 0, 1, 0])
-    """
-    return torch.cat([torch.arange(size) for size in sizes.tolist()])
 
 
 def in_rows(values: Tensor, row: Tensor, empty: int = 0) -> Tensor:
@@ -425,51 +361,30 @@ def in_rows(values: Tensor, row: Tensor, empty: int = 0) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=empty)
 
 
-def attention_mask(text_of: Tensor, before: int) -> Tensor:
-    """A token sees the prefix and its own text, up to itself. text_of [R, S]: which text a token is
-    of → [R, 1, P + S, P + S], 0 or -inf."""
-    same = text_of[:, :, None] == text_of[:, None]
-    sees = F.pad(same, (before, 0, before, 0), value=True).tril()
-    return torch.zeros(sees.shape).masked_fill(~sees, -math.inf)[:, None]
-
-
-def token_ids(clip: Clip, text: str, room: int) -> list[int]:
-    """BPE ids of `text` and EOT. UserError for more than `room`, or a word toyclip never saw."""
-    bpe = clip.tokenizer
-    encode = getattr(bpe, "encode", None) or partial(bpe.tokenizer.encode, add_special_tokens=False)
-    ids = [*encode(text.replace("_", " ")), getattr(bpe, "eot_token_id", 0)]
-    require(
-        len(ids) <= room,
-        f"{text!r} has {len(ids)} tokens, {room} fit: shorten it, or the context",
-    )
-    if clip.name == "toyclip":  # the row of a word that training never touched is zero
-        seen = text_tower(clip.model).token_embedding.weight[ids].any(dim=1)
-        unknown = bpe.decode([ids[int(seen.long().argmin())]]).strip()
-        require(seen.all(), f"toyclip never saw {unknown!r} of {text!r}: name another --model")
-    return ids
-
-
 def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
-    """Ids [C, context length] of texts to stand behind `before` tokens. After SOS an ordinary word
-    keeps each place of the context."""
+    """Ids [C, context length], on the CPU, of texts to stand behind `before` tokens. After SOS an
+    ordinary word keeps each place of the context. UserError for a text that is too long."""
+    n = len(text_tower(clip.model).positional_embedding)
     filler = "a " * (before - start_of_text(clip).shape[1])
-    *ids, empty = clip.tokenizer([*(filler + text.replace("_", " ") for text in texts), ""])
-    long = [text for text, row in zip(texts, ids) if row[-1] != empty[-1]]
+    prompts = [filler + text.replace("_", " ") for text in [*texts, ""]]
+    *ids, empty = clip.tokenizer(prompts, context_length=n + 1)
+    long = [text for text, row in zip(texts, ids) if row[n] != empty[n]]  # which is padding
     require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
-    return torch.stack(ids).to(clip.device)
+    return torch.stack(ids)[:, :n]
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
     """The embeddings of a text's tokens, [k, W], without SOS and EOT."""
-    tower = text_tower(clip.model)
-    ids = token_ids(clip, words, len(tower.positional_embedding))[:-1]
-    return tower.token_embedding.weight[ids].detach()
+    ids, longer = pad(clip, [words, f"{words} a"])
+    end = int((ids != longer).nonzero()[0])  # where one word more would stand
+    ids = ids[start_of_text(clip).shape[1] : end]
+    return text_tower(clip.model).token_embedding.weight[ids].detach()
 
 
 def start_of_text(clip: Clip) -> Tensor:
     """The embedding of SOS, [1, 1, W]; of a tokenizer that has none (SigLIP's) [1, 0, W]."""
-    tokenizer = getattr(clip.tokenizer, "tokenizer", None)  # Hugging Face's, in open_clip's
-    sos = tokenizer.cls_token_id if tokenizer else clip.tokenizer.sot_token_id
+    theirs = getattr(clip.tokenizer, "tokenizer", None)  # Hugging Face's, in open_clip's
+    sos = theirs.cls_token_id if theirs else clip.tokenizer.sot_token_id
     table = text_tower(clip.model).token_embedding.weight.detach()
     return table[None, :0] if sos is None else table[None, sos : sos + 1]
 
@@ -490,45 +405,40 @@ def zero_shot_classifier(clip: Clip, classnames: list[str], templates: list[str]
 
 # 3. IMAGES: each goes through the frozen encoder once; features are cached on disk ----------------
 def encode_images(clip: Clip, items: list[data.Item], transform, args, view=0, cache=True) -> tuple:
-    """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`.
-
-    Reads args.seed, workers, device and cache_dir. UserError names every broken image at once.
-    """
+    """Image features [N, D] (fp32, unnormalised) and labels [N] of one view of `items`. Reads
+    args.seed, workers, device and cache_dir. UserError names every broken image at once."""
     labels = torch.tensor([label for _, label in items], device=clip.device)
-    cache = cache and args.cache_dir != "none"
-    if cache:
-        path = Path(args.cache_dir, feature_key(clip, items, transform, args.seed, view))
-    if cache and path.exists():
+    path = (
+        Path(args.cache_dir, feature_key(clip, items, transform, args, view))
+        if cache and args.cache_dir != "none"
+        else None
+    )
+    if path and path.exists():
         with contextlib.suppress(Exception):  # after a full disk or a kill
             return safetensors.torch.load_file(path, device=clip.device)["features"], labels
         print(f"note: {path} is damaged: its images are encoded again")
+    numbers = torch.arange(len(items)) + view * len(items)  # see ImageSet
+    lists = [batch.tolist() for batch in numbers.split(256)]
     images = data.ImageSet(items, transform, args.seed)
-    each = torch.arange(len(items)) + view * len(items)
-    lists = [batch.tolist() for batch in each.split(256)]
     with torch.no_grad(), autocast(clip):
         features = torch.cat([
             clip.model.encode_image(batch.to(clip.device, non_blocking=True)).float()
             for batch, _, _ in data.load_images(images, lists, args, "encode images")
         ])  # fmt: skip
-    if cache:
-        try:
-            write(path, safetensors.torch.save({"features": features.cpu()}))
-        except OSError as error:
-            advice = f"{error.strerror}: name another --cache-dir, or none"
-            raise OSError(error.errno, advice, str(path)) from error
+    if path:
+        write(path, safetensors.torch.save({"features": features.cpu()}))
     return features, labels
 
 
-def feature_key(clip: Clip, items: list, transform: Callable, seed: int, view: int) -> str:
-    """A file name: hash of all that decides features (model, weights, precision, device, versions,
-    code, transform, draw, and of each file what an exchanged one cannot keep: inode, time of
-    change)."""
-    draw = [seed, view] if transform is not clip.preprocess else []  # the test transform draws none
+def feature_key(clip: Clip, items: list[data.Item], transform, args, view: int) -> str:
+    """A file name: hash of all that decides features (the test transform draws none), and of each
+    file of what an exchanged one cannot keep (inode, time of change)."""
     code = [ast.unparse(ast.parse(inspect.getsource(part))) for part in FEATURE_CODE]  # no comments
     files = [os.stat(path) for path, _ in items if os.path.exists(path)]  # toy images are no files
     states = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for s in files]
-    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, version("timm"),
-             draw, repr(transform), code, [path for path, _ in items], states]  # fmt: skip
+    parts = [clip.weights, repr(clip.model), clip.precision, clip.device, VERSIONS, code,
+             [path for path, _ in items], states, repr(transform),
+             transform is not clip.preprocess and [args.seed, view]]  # fmt: skip
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest() + ".safetensors"
 
 
@@ -551,25 +461,15 @@ def training_views(args: argparse.Namespace, clip: Clip, items: list[data.Item])
     return lambda epoch: encode(epoch % views if views else epoch)
 
 
-@dataclasses.dataclass
-class EncodedTest:
-    """A test set, encoded by the frozen CLIP."""
-
-    test: data.Test
-    x: Tensor  # unit features [N, D]
-    labels: Tensor  # [N]
-    zero_shot: Tensor  # logits [N, C]
+# A test set, encoded by frozen CLIP: unit features [N, D], labels [N], zero-shot's logits [N, C].
+EncodedTest = dataclasses.make_dataclass("EncodedTest", ["test", "x", "labels", "zero_shot"])
 
 
-def encode_tests(args: argparse.Namespace, clip: Clip, tests: list[data.Test]) -> list[EncodedTest]:
-    """Every test set's features, and zero-shot CLIP's logits."""
-    encoded = []
-    for test in tests:
-        classifier = zero_shot_classifier(clip, test.classnames, [test.template])
-        features, labels = encode_images(clip, test.items, clip.preprocess, args)
-        x = F.normalize(features, dim=-1)
-        encoded.append(EncodedTest(test, x, labels, clip.scale * x @ classifier.T))
-    return encoded
+def encode_test(args: argparse.Namespace, clip: Clip, test: data.Test) -> EncodedTest:
+    classifier = zero_shot_classifier(clip, test.classnames, [test.template])
+    features, labels = encode_images(clip, test.items, clip.preprocess, args)
+    x = F.normalize(features, dim=-1)
+    return EncodedTest(test, x, labels, clip.scale * x @ classifier.T)
 
 
 # 4. NUMBERS ---------------------------------------------------------------------------------------
@@ -625,24 +525,19 @@ def warmup_cosine(epoch: int, epochs: int, lr: float) -> float:
 
 def warmup_notes(args: argparse.Namespace) -> list[str]:
     """Where warmup_cosine does what nobody means."""
-    notes = {
-        "--epochs 1 is the warm-up's: its rate is 1e-5 throughout": args.epochs == 1,
-        "--lr is less than the first epoch's rate, 1e-5": args.lr < 1e-5,
-    }
-    return [note for note, holds in notes.items() if holds and not args.eval]
+    low = not args.eval and (args.lr < 1e-5 or args.epochs == 1)
+    return ["the first epoch's rate is 1e-5: more than --lr, or (--epochs 1) the only one"] * low
 
 
 # 5. RUNS: flags, the run folder, results ----------------------------------------------------------
 # fmt: off
+FOLDER = {"type": os.path.expanduser, "metavar": "DIR"}
 FLAGS = {
     "model": {
         "--model": {"help": "toyclip, an open_clip name such as RN50, or hf-hub:ORG/NAME"},
-        "--pretrained": {"type": os.path.expanduser, "metavar": "W",
-                         "help": "an open_clip tag (openai) or a weights file"},
-        "--precision": {"choices": ["fp32", "bf16", "fp16"],
-                        "help": "of the frozen towers [bf16 on a GPU, else fp32]"},
-        "--memory-gb": {"type": float, "metavar": "GB",
-                        "help": "bound on the text encoder [half of a GPU's, else 4]"}},
+        "--pretrained": FOLDER | {"metavar": "W", "help": "an open_clip tag or a weights file"},
+        "--precision": {"choices": ["fp32", *HALF], "help": "[bf16 on a GPU, else fp32]"},
+        "--memory-gb": {"type": float, "metavar": "X", "help": "for texts [half a GPU's, else 4]"}},
     "optimisation": {
         "--paper": {"action": "store_true", "help": "the paper's exceptions for single datasets"},
         "--epochs": {"type": int, "metavar": "E", "help": "passes over the training images"},
@@ -653,18 +548,13 @@ FLAGS = {
         "--max-steps": {"type": int, "metavar": "STEPS", "help": "an epoch at most, for trials"},
         "--eval-every": {"type": int, "metavar": "E", "help": "epochs between validations"}},
     "run": {
-        "--out-dir": {"type": os.path.expanduser, "metavar": "DIR",
-                      "help": "run folder [runs/METHOD-DATASET-SHOTS-SEED]"},
-        "--resume": {"type": os.path.expanduser, "metavar": "RUN",
-                     "help": "go on with this run folder, or begin it [no]"},
-        "--eval": {"type": os.path.expanduser, "metavar": "RUN",
-                   "help": "evaluate this run on what the data flags say [no]"},
-        "--compare": {"action": argparse.BooleanOptionalAction,
-                      "help": "train the plain method, too, and show it beside"},
+        "--out-dir": FOLDER | {"help": "run folder [runs/METHOD-DATASET-SHOTS-SEED]"},
+        "--resume": FOLDER | {"help": "go on with this run folder, or begin it [no]"},
+        "--eval": FOLDER | {"help": "evaluate this run on what the data flags say [no]"},
+        "--compare": {"action": argparse.BooleanOptionalAction, "help": "train plain, too"},
         "--device": {"help": "cpu, cuda, cuda:1"},
         "--workers": {"type": int, "metavar": "COUNT", "help": "processes that decode images"},
-        "--cache-dir": {"type": os.path.expanduser, "metavar": "DIR",
-                        "help": "folder of cached image features, or none"}},
+        "--cache-dir": FOLDER | {"help": "of cached image features, or none"}},
 }
 DEFAULTS = {
     "data_root": "data", "download": False, "shots": 16, "seed": 1, "test_on": [], "paper": False,
@@ -681,8 +571,8 @@ RANGES = {
     "betas": (0, 0.999999),
 }
 # Settings of an earlier run. NOW is said by every command for itself. --resume and --eval take the
-# rest from the run, --eval without HOW. Once anything is trained, a typed value that differs is
-# refused, but for MOVED and, with --eval, what it is TESTED on.
+# rest from the run, --eval without HOW. A typed value that differs is refused, but for MOVED and,
+# with --eval, what it is TESTED on.
 NOW = {"download", "device", "workers", "cache_dir", "out_dir", "resume", "eval"}
 HOW = {"memory_gb", "precision", "compare", "eval_every"}
 MOVED = {"data_root", "pretrained", "memory_gb"}
@@ -693,64 +583,50 @@ TESTED = {"dataset", "classes", "test_on", "test_part", "template", "train_domai
 
 # Flags and settings
 def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> data.Parser:
-    """A method's own flags, then those of all scripts, each with its default on toy and other data.
-
-    WHY no default is given to argparse: settle must tell what was typed from what was not.
-    """
+    """A method's own flags, then those of all scripts; the help of each ends with its defaults. WHY
+    argparse is given none of them: settle must tell what was typed from what was not."""
     parser = data.Parser(
-        description=doc.split("\n\n")[0],
-        usage="%(prog)s [flags]",
+        description=doc.split("\n\n")[0], usage="%(prog)s [flags]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-        allow_abbrev=False,
-    )
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=110),
+    )  # fmt: skip
     kinds = [DEFAULTS | defaults({"dataset": name}) for name in ("toy_", "dtd")]
     for name, flags in {method: own_flags, "data": data.FLAGS, **FLAGS}.items():
         group = parser.add_argument_group(name)
         for option, details in flags.items():
             action = group.add_argument(option, **details)
             if not action.help.endswith("]"):
-                values = [kind.get(action.dest) for kind in kinds]
-                toy, other = ("none" if value in (None, []) else str(value) for value in values)
-                action.help += f" [{toy}]" if toy == other else f" [toy {toy}, else {other}]"
+                values = dict.fromkeys(str(kind.get(action.dest)) for kind in kinds)
+                action.help += f" [{' on toy data, else '.join(values)}]"
     return parser
 
 
-def settle(
-    parser: data.Parser, argv, method: str, defaults: Callable, alone: bool = True
-) -> argparse.Namespace:
+def settle(parser, argv, method: str, defaults: Callable, alone=True) -> argparse.Namespace:
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
     this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used, and for
     several processes where a method learns `alone`."""
     typed = vars(parser.parse_args(argv))
     require(
-        not (alone and several_processes()),
-        f"{method}.py runs in one process: start it by python, one run for each GPU",
+        not alone or "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1",
+        f"{method}.py runs in one process: start it by python {method}.py",
     )
     require(
         "resume" not in typed or not typed.keys() & {"eval", "out_dir"},
         "--resume RUN names the run's folder: leave out --eval and --out-dir",
     )
-    toy = defaults({"dataset": "toy_"})["dataset"]  # what runs without --dataset
-    first = {"dataset": toy} | inherited(typed, method) | typed
+    first = inherited(typed, method) | typed
     args = argparse.Namespace(**DEFAULTS | {"method": method} | defaults(first) | first)
     if args.model == "toyclip" or ":" in args.model:  # the default weights are another model's
         args.pretrained = first.get("pretrained")
-    require(
-        ":" not in args.model or args.pretrained is None,
-        f"{args.model} has weights of its own: no --pretrained",
-    )
-    for key in ("data_root", "cache_dir", "out_dir", "resume"):
-        folder = vars(args)[key] or ""
-        require(not os.path.isfile(folder), f"{flag(key)} {folder} is a file: name a folder")
+    settle_device(args)
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, 1e18))
-        for number in value if isinstance(value, list) else [value]:
-            require(
-                not isinstance(number, int | float) or low <= number <= high,
-                f"{flag(key)} {number}: it must be from {low:g} to {high:g}",
-            )
-    settle_device(args)
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, int | float):
+                require(
+                    low <= x <= high,
+                    f"--{key.replace('_', '-')} {x}: it must be from {low:g} to {high:g}",
+                )
     return args
 
 
@@ -758,72 +634,32 @@ def inherited(typed: dict, method: str) -> dict:
     """The settings of the run that --resume goes on with or --eval evaluates; {} without one.
     UserError for a typed value that differs from what was trained."""
     folder = typed.get("resume", typed.get("eval"))
-    if folder is None:
+    if folder is None or (typed.keys() >= {"resume", "dataset"} and not data.begun(folder)):
         return {}
-    if "resume" in typed and not Path(folder, "config.json").exists():
-        require("dataset" in typed, f"there is no run {folder}; to begin it say on which --dataset")
-        return {}
-    config = read_run(folder)
-    stored = config["settings"]
-    require(
-        config["method"] == method and not stored["eval"],
-        f"{folder} is no training run of {method}.py",
-    )
-    unread = NOW | HOW if "eval" in typed else NOW
-    free = unread | MOVED | (TESTED if "eval" in typed else set())
-    for key in (typed.keys() & stored.keys()) - free:
+    stored = read_run(folder)["settings"]
+    require(stored["method"] == method and not stored["eval"], f"{folder} is no {method} training")
+    anew = NOW | HOW if "eval" in typed else NOW
+    free = MOVED | TESTED if "eval" in typed else MOVED
+    if "eval" in typed and typed.get("dataset", stored["dataset"]) != stored["dataset"]:
+        # Its classes are all new.
+        stored |= {"train_domain": None, "test_domain": None, "classes": "all", "test_on": []}
+    for key in (typed.keys() & stored.keys()) - anew - free:
         require(
-            typed[key] == stored[key] or not begun(folder),
-            f"{folder} has {flag(key)} {stored[key]}: leave {flag(key)} out",
+            typed[key] == stored[key],
+            f"{folder} has --{key.replace('_', '-')} {stored[key]}: leave it out",
         )
-    found = {key: value for key, value in stored.items() if key not in unread}
-    if "resume" in typed:
-        return found
-    trained = Path(folder, "checkpoint.safetensors").exists()
-    require(trained, f"{folder} has nothing trained yet: --resume it")
-    if typed.get("dataset", stored["dataset"]) != stored["dataset"]:  # its classes are all new
-        found |= {"train_domain": None, "test_domain": None, "classes": "all", "test_on": []}
     require(
-        found["classes"] == "base" or typed.get("classes") != "base",
+        stored["classes"] == "base" or typed.get("classes") != "base",
         f"{folder} was not trained on half of these classes: leave --classes base out",
     )
-    return found
-
-
-def read_run(folder: str | Path) -> dict:
-    """config.json of a run folder: its settings, class names, training images."""
-    path = Path(folder, "config.json")
-    require(path.exists(), f"{folder} is no run folder: there is no {path}")
-    config = read_json(path)
-    known = {"method", "settings", "weights", "classnames", "template", "root", "train", "pool",
-             "tests"}  # fmt: skip
-    lacks = known - config.keys() or DEFAULTS.keys() - config["settings"]
-    require(
-        not lacks, f"{path} is of another program or version: it lacks {min(lacks, default='')}"
-    )
-    return config
-
-
-def begun(folder: str | Path) -> bool:
-    """Whether anything was trained or measured in this run folder, or in its baseline's."""
-    signs = ("checkpoint.safetensors", "baseline/checkpoint.safetensors", "result.json")
-    return any(Path(folder, file).exists() for file in signs)
-
-
-def flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
-def several_processes() -> bool:
-    """Whether torchrun started this process beside others."""
-    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return {key: value for key, value in stored.items() if key not in anew}
 
 
 def settle_device(args: argparse.Namespace) -> None:
     """Is there such a device? And fill in --precision and --memory-gb for it."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    known = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
-    require(args.device in known, f"--device {args.device}: here it can be {', '.join(known)}")
+    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    require(args.device in devices, f"--device {args.device}: here it can be {', '.join(devices)}")
     cuda = args.device != "cpu"
     require(cuda or args.precision != "fp16", "--precision fp16 needs a GPU; fp32 and bf16 do not")
     half = "bf16" if cuda and torch.cuda.get_device_capability(args.device) >= (8, 0) else "fp16"
@@ -835,25 +671,31 @@ def settle_device(args: argparse.Namespace) -> None:
 
 # The run folder
 def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) -> Path:
-    """Make or find the run folder, write config.json, print what is done on what."""
+    """Make or find the run folder, write config.json, print what is done on what. A run goes on
+    with the CLIP, classes and images that it began with; for an evaluation only the CLIP counts."""
     config = {"method": args.method, "settings": vars(args), "weights": clip.weights,
-              "classnames": task.classnames, "template": task.template, "split": task.split,
-              "root": os.path.abspath(task.root), "train": task.lines, "pool": task.pool,
+              "classnames": task.classnames, "template": task.template, "train": task.lines,
+              "training": task.training, "root": os.path.abspath(task.root),
               "tests": [test.images for test in task.tests]}  # fmt: skip
     earlier = args.eval or args.resume
-    if earlier and begun(earlier):
-        compare_runs(read_run(earlier), config, earlier)
-    if args.eval and not Path(args.eval, "result.json").exists():
-        task.notes.insert(0, f"{args.eval} has not finished training")
+    old = read_run(earlier) if earlier and data.begun(earlier) else config
+    require(old["weights"] == clip.weights, f"{earlier} had other CLIP weights: name --pretrained")
+    for key in () if args.eval else ("classnames", "train", "tests"):
+        other = sorted({*old[key]} ^ {*config[key]})[:1]
+        require(old[key] == config[key], f"{earlier} was begun with other {key}: {other}")
+    require(
+        not args.eval or Path(args.eval, "result.json").exists(),
+        f"{args.eval} has not finished training: --resume it",
+    )
     out = claim_folder(args)
     write(out / "config.json", json.dumps(config, indent=1).encode())
     trained = f"{len(task.train)} training images (shots: {args.shots}, seed: {args.seed})"
     tested = f"{sum(len(test.items) for test in task.tests)} images (sets: {len(task.tests)})"
-    words = [clip.name, Path(clip.pretrained).name, activation(clip.model), clip.precision]
+    model = [clip.name, Path(clip.pretrained).name, activation(clip.model), clip.precision]
     notes = task.notes if len(task.notes) <= 2 else [task.notes[0], "more notes in result.json"]
     print(
         f"{title} on {task.name}: {len(task.classnames)} classes, {task.template!r}",
-        f"model: {', '.join(filter(None, words))} on {clip.device}; run: {out}",
+        f"model: {', '.join(filter(None, model))} on {clip.device}; run: {out}",
         f"data: {f'trained in {args.eval}' if args.eval else trained}; test: {tested}",
         *(f"note: {note}" for note in notes),
         sep="\n",
@@ -862,62 +704,31 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     return out
 
 
-def compare_runs(old: dict, new: dict, folder: str) -> None:
-    """config.json of a run, and what is there now: a run goes on with the CLIP, classes and images
-    that it began with, or not at all. For an evaluation only the CLIP matters."""
-    require(
-        old["weights"] == new["weights"],
-        f"{folder}: its CLIP had other weights; name their file with --pretrained",
-    )
-    was, now = (config["classnames"] + config["train"] for config in (old, new))
-    changed = [*map(repr, sorted(set(was) ^ set(now))), "their order"][0]
-    other = f"classes or training images (see {changed})" if was != now else "test images"
-    require(
-        new["settings"]["eval"] or (was == now and old["tests"] == new["tests"]),
-        f"{folder} was begun with other {other}: restore them, or train in another folder",
-    )
-
-
 def claim_folder(args: argparse.Namespace) -> Path:
-    """The run's folder, in which no other command is at work. One in which nothing was trained can
-    be used again."""
+    """The run's folder: one in which no other command is at work, and nothing was trained."""
     named = args.resume or args.out_dir
     stem = f"{args.method}-{Path(args.dataset).name}-{args.shots}shot-seed{args.seed}"
     for k in itertools.count(1):
         out = Path(named or Path("runs", stem.replace(":", "-") + f"-{k}" * (k > 1)))
-        # read_run: the config.json of another program is not ours to replace.
-        empty = not begun(out) and (not Path(out, "config.json").exists() or read_run(out))
-        if (empty or args.resume) and lock(out):
-            return out
-        fault = "is in use: wait for it" if args.resume or empty else "holds a run: --resume it"
-        require(not named, f"{out} {fault}, or name another --out-dir")
-
-
-def lock(out: Path) -> bool:
-    """Make a run folder this process's; False where another process is at work in it. The system
-    unlocks it when the process ends, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    while HELD:  # a process makes one run after the other
-        os.close(HELD.pop())
-    try:
-        import fcntl
-
-        HELD.append(os.open(out, os.O_RDONLY))
-        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:  # Windows has no such locks, nor some network disks
-        return not isinstance(error, BlockingIOError)
-    return True
+        free = not data.begun(out) and (not (out / "config.json").exists() or read_run(out))
+        if args.resume or free:
+            with contextlib.suppress(filelock.Timeout):
+                # It makes the folder. is_singleton: a process may begin two runs in one folder.
+                LOCKS.append(filelock.FileLock(out / ".lock", 0, is_singleton=True).acquire())
+                return out
+        require(not named, f"{out} is in use or holds a run: --resume it, or another --out-dir")
 
 
 # Checkpoints and epochs
-def save_checkpoint(out: Path, module: torch.nn.Module, optimizer=None, **note) -> None:
-    """checkpoint.safetensors: what is learned as model/NAME, the optimiser's state of its i-th
-    parameter as optimizer/i/NAME, and a note (epoch, class names, ...) as JSON."""
-    tensors = {f"model/{key}": value for key, value in module.state_dict().items()}
+def save_checkpoint(out: Path, module: torch.nn.Module, epoch: int, optimizer=None) -> None:
+    """checkpoint.safetensors, after so many epochs: what is learned as model/NAME, the optimiser's
+    state of its i-th parameter as optimizer/i/NAME."""
+    kept = {f"model/{key}": value for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
-        tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items() if v is not None}
-    content = safetensors.torch.save(to_cpu(tensors), {"note": json.dumps(note)})
-    write(out / "checkpoint.safetensors", content)
+        kept |= {f"optimizer/{i}/{key}": x for key, x in state.items() if x is not None}
+    write(
+        out / "checkpoint.safetensors", safetensors.torch.save(to_cpu(kept), {"epoch": f"{epoch}"})
+    )
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -930,21 +741,20 @@ def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> dict:
-    """Put a run's checkpoint into module and optimiser, which must fit it → its note."""
+def load_checkpoint(folder: str | Path, module: torch.nn.Module, optimizer=None) -> int:
+    """Put a run's checkpoint into module and optimiser, which must fit it → its epochs."""
     path = Path(folder, "checkpoint.safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            note = json.loads(file.metadata()["note"])
-    except Exception as error:  # there is none yet, or it is a foreign or damaged file
-        raise UserError(f"{path} cannot be read: {error}") from error
-    load_tensors(module, part_of(tensors, "model/"), f"{path} does not fit these flags")
+            kept = {key: file.get_tensor(key) for key in file.keys()}
+            epoch = int(file.metadata()["epoch"])
+        module.load_state_dict(part_of(kept, "model/"))
+    except Exception as error:  # there is none yet, or it is foreign, damaged or of other flags
+        raise UserError(f"{path} cannot be read: {str(error)[:200]}") from error
     if optimizer:
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        states = {i: part_of(tensors, f"optimizer/{i}/") for i in range(count)}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
-    return note
+        parts = [part_of(kept, f"optimizer/{i}/") for i, _ in enumerate(module.parameters())]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(parts))})
+    return epoch
 
 
 def part_of(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
@@ -954,78 +764,43 @@ def part_of(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 def resume(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the folder's checkpoint, if there is one → the epoch to go on with."""
-    path = out / "checkpoint.safetensors"
-    return load_checkpoint(out, module, optimizer)["epoch"] if path.exists() else 0
+    return (
+        load_checkpoint(out, module, optimizer) if (out / "checkpoint.safetensors").exists() else 0
+    )
 
 
-def epochs(args: argparse.Namespace, first: int, views: Callable, name: str) -> Iterator[tuple]:
-    """(epoch, views(epoch)) from epoch `first` on. After one of them a line says how long the rest
-    takes, if it is more than two minutes."""
-    bar = progress(range(first, args.epochs), name)
-    for epoch in bar:
-        start = time.time()
-        found = views(epoch)
-        encoded = time.time()
-        yield epoch, found
-        left = args.epochs - epoch - 1
-        views_left = 0 if args.augment == "none" else min(left, (args.views or args.epochs) - 1)
-        seconds = left * (time.time() - encoded) + views_left * (encoded - start)
-        if epoch == first and seconds > 120 and not bar.disable:
-            print(
-                f"about {seconds / 60:.0f} minutes to go; less with fewer --epochs, --views 10 or "
-                "--augment none",
-                file=sys.stderr,
-            )
-
-
-def end_epoch(
-    out: Path, epoch: int, module: torch.nn.Module, optimizer, line: dict, last=False, **note
-) -> None:
-    """A line of metrics.jsonl and a checkpoint, or FloatingPointError for what is not finite. The
-    last checkpoint has no optimiser's state: it is most of its size, and is not needed any more.
-
-    line: {name: number, a tensor or not}. WHY read here, once an epoch: reading stops a GPU.
-    """
+def end_epoch(out: Path, epoch: int, module, optimizer, line: dict, last: bool = False) -> None:
+    """A line of metrics.jsonl, {name: number or tensor}, and a checkpoint; FloatingPointError
+    for what is not finite. The last checkpoint has no optimiser's state: it is most of its size,
+    and is not needed any more. WHY read here, once an epoch: reading stops a GPU."""
     # 0, or nan where anything in it is not finite.
     learned = {name: (value * 0).sum() for name, value in module.state_dict().items()}
-    tensors = {name: x.double() for name, x in (learned | line).items() if torch.is_tensor(x)}
-    read = dict(zip(tensors, torch.stack([*tensors.values()]).tolist()))
-    bad = [name for name, number in (line | read).items() if not math.isfinite(number)]
+    zero = next(module.parameters()).new_zeros((), dtype=torch.float64)
+    each = {name: zero + x for name, x in (line | learned).items()}
+    numbers = dict(zip(each, torch.stack([*each.values()]).tolist()))
+    bad = [name for name, number in numbers.items() if not math.isfinite(number)]
     if bad:
-        raise FloatingPointError(
-            f"{bad[0]} is not finite in epoch {epoch + 1}: "
-            "the last checkpoint stays; try a smaller --lr"
-        )
+        raise FloatingPointError(f"{bad[0]} is not finite in epoch {epoch + 1}: try a lower --lr")
     # WHY the line first: after a kill between the two the epoch and its line are done again.
-    numbers = {name: read.get(name, value) for name, value in line.items()}
-    lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **numbers}]
+    lines = [*read_metrics(out)[:epoch], {"epoch": epoch, **{key: numbers[key] for key in line}}]
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    save_checkpoint(out, module, None if last else optimizer, epoch=epoch + 1, **note)
+    save_checkpoint(out, module, epoch + 1, None if last else optimizer)
 
 
 def read_metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl; after a kill the last may be of an epoch that is done again."""
     path = out / "metrics.jsonl"
-    return list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
 
 # Results
 def write_result(
-    out: Path,
-    name: str,
-    args,
-    clip: Clip,
-    task: data.Task,
-    encoded: list[EncodedTest],
-    found: list[dict],
-    start: float,
-    baseline: dict | None = None,
-) -> dict:
-    """predictions.npz and result.json → the result.
-
-    name: the method's. found[i] is about test set i: "tuned" logits [N, C]; "extra" measures and
-    "arrays" of [N], where there are any. `baseline` is the result of the plain method's run.
-    """
+    out: Path, name: str, args, clip: Clip, task: data.Task, encoded: list[EncodedTest],
+    found: list[dict], start: float, baseline: dict | None = None,
+) -> dict:  # fmt: skip
+    """predictions.npz and result.json → the result. name: the method's. found[i] is about test set
+    i: "tuned" logits [N, C]; "extra" measures and "arrays" of [N], where there are any. `baseline`
+    is the result of the plain method's run."""
     tests, arrays = [], {}
     for i, (test, frozen, row) in enumerate(zip(task.tests, encoded, found, strict=True)):
         tests.append({
@@ -1037,32 +812,23 @@ def write_result(
         })  # fmt: skip
         kept = {"labels": frozen.labels, **row.get("arrays", {})}
         for kind, logits in {"zero_shot": frozen.zero_shot, "tuned": row["tuned"]}.items():
-            kept[kind] = probabilities(logits)
-            for key, value in outcomes(logits, frozen.labels).items():
-                kept[f"{kind}_{key}"] = value
+            # WHY clamp: to float16's least normal number, so that no logarithm is infinite.
+            kept[kind] = logits.softmax(dim=-1).clamp(min=torch.finfo(torch.half).tiny).half()
+            kept |= {f"{kind}_{key}": x for key, x in outcomes(logits, frozen.labels).items()}
         arrays |= {f"{i}/{key}": value.cpu().numpy() for key, value in kept.items()}
         arrays[f"{i}/classnames"] = np.array(test.classnames)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(out / "predictions.npz", buffer.getbuffer())
-    trained = read_run(args.eval)["settings"] if args.eval else vars(args)
-    decided = ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision")
-    training = {"run": os.path.abspath(args.eval or out), "split": task.split, "pool": task.pool,
-                **{key: trained[key] for key in decided}}  # fmt: skip
+    training = {"run": os.path.abspath(args.eval or out), **task.training}
     result = {"method": args.method, "name": name, "baseline_name": baseline and baseline["name"],
               "settings": vars(args), "clip": clip.weights, "training": training, "tests": tests,
-              "split": task.split,
-              "harmonic_mean": harmonic_means(tests) if trained["dataset"] == task.name else {},
+              "split": training["split"],
+              "harmonic_mean": harmonic_means(tests) if training["dataset"] == task.name else {},
               "seconds": round(time.time() - start, 2), "versions": VERSIONS,
               "notes": task.notes}  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=1).encode())
     return result
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    """softmax [N, C] as float16. What is below float16's normal range (6e-5) becomes its least
-    number, so that predictions of a thousand classes compress well and their logs are finite."""
-    return logits.softmax(dim=-1).clamp(min=torch.finfo(torch.float16).tiny).half()
 
 
 def harmonic_means(tests: list[dict]) -> dict[str, float]:
@@ -1071,51 +837,45 @@ def harmonic_means(tests: list[dict]) -> dict[str, float]:
     first = tests[0]
     own = [test for test in tests[1:] if test["dataset"] == first["dataset"]]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
-    domains = [test for test in own if test["domain"] and test["classes"] == first["classes"]]
+    rest = new or [t for t in own if t["domain"] and t["classes"] == first["classes"]]
     means = {}
-    for column, found in measures(first).items():
-        rest = [measures(test)[column]["accuracy"] for test in new or domains]
-        if rest:
-            means[column] = harmonic_mean(found["accuracy"], sum(rest) / len(rest))
+    for column, found in measures(first).items() if rest else ():
+        others = [measures(test)[column]["accuracy"] for test in rest]
+        means[column] = harmonic_mean(found["accuracy"], sum(others) / len(others))
     return means
 
 
 def measures(test: dict) -> dict[str, dict[str, float]]:
     """{column: accuracy, nll, ...} of a test: zero_shot, baseline, tuned, and those in "extra"."""
-    kinds = {key: test[key] for key in ("zero_shot", "baseline", "tuned") if test[key]}
-    return kinds | test["extra"]
+    return {k: test[k] for k in ("zero_shot", "baseline", "tuned") if test[k]} | test["extra"]
 
 
 def report(result: dict, out: Path) -> None:
     """Print the run's one table."""
-    titles = {"zero_shot": "zero-shot", "baseline": result["baseline_name"],
-              "tuned": result["name"]}  # fmt: skip
     first = result["tests"][0]
-    columns = [titles.get(key, key.replace("_", " ")) for key in measures(first)]
+    names = {"zero_shot": "zero-shot", "baseline": result["baseline_name"], "tuned": result["name"]}
+    columns = [names.get(key, key.replace("_", " ")) for key in measures(first)]
     rows = [["", "images", "", *columns]]
     for test in result["tests"]:
         words = [test["dataset"], test["domain"], test["classes"]]
-        unsaid = (first["dataset"], "", "all")
-        label = " ".join(word for word in words if word not in unsaid) or "all"
+        label = " ".join(word for word in words if word not in (first["dataset"], "", "all"))
         found = measures(test).values()
-        kinds = {"accuracy": "accuracy %", "nll": "NLL nats", "ece": "ECE %"}
-        if any(abs(m["accuracy"] - m["mean_class_accuracy"]) >= 0.1 for m in found):
-            kinds["mean_class_accuracy"] = "class mean %"
-        for kind, title in kinds.items():
-            head = [label, str(test["n"])] if kind == "accuracy" else ["", ""]
-            cells = [f"{m[kind]:.3f}" if kind == "nll" else f"{m[kind]:.1f}" for m in found]
-            rows.append([*head, title, *cells])
-    means = [f"{h:.1f}" for h in result["harmonic_mean"].values()]
-    rows += [["H", "", "accuracy %", *means]] if means else []
+        rows += [
+            [label or "all", str(test["n"]), "accuracy %"]
+            + [f"{m['accuracy']:.1f}" for m in found],
+            ["", "", "NLL nats"] + [f"{m['nll']:.3f}" for m in found],
+            ["", "", "ECE %"] + [f"{m['ece']:.1f}" for m in found],
+        ]
+    if result["harmonic_mean"]:
+        means = [f"{h:.1f}" for h in result["harmonic_mean"].values()]
+        rows.append(["H", "", "accuracy %", *means])
     widths = [max(map(len, column)) for column in zip(*rows)]
     for label, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print("  ".join([label.ljust(widths[0]), *cells]).rstrip())
-    evaluated = result["settings"]["eval"]
     print(
         f"written to {out}; try next:",
         f"    python tools/page.py {out}",
-        f"    python tools/use.py predict {evaluated or out} IMAGE",
-        *([] if evaluated else ["    another --seed"]),
+        f"    python tools/use.py predict {result['settings']['eval'] or out} IMAGE",
         sep="\n",
     )

@@ -46,10 +46,6 @@ class UserError(Exception):
     """A mistake the user can mend. It is shown as one line, with exit status 2."""
 
 
-class Missing(UserError):
-    """A file that is not there."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is answered by one line and not by the whole usage."""
 
@@ -93,7 +89,7 @@ def run(main) -> None:
 def explain(error: Exception) -> tuple[int, str]:
     """Exit status and one line for what the machine ran out of. A fault of ours is raised again."""
     reason = getattr(error, "strerror", None) or str(error)  # without a file's name
-    if any(word in reason for word in ("shared memory", "/torch_", "open files", "bus error")):
+    if any(word in reason for word in ("shared memory", "</torch_", "open files", "bus error")):
         return 2, "too little /dev/shm, too few open files: --workers 0, or docker --shm-size 8g"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason:
         return 1, "out of memory: try a smaller --memory-gb or --batch-size"
@@ -111,23 +107,16 @@ def write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:  # a failed write does not say to which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        advice = f"{error.strerror} (--out-dir, --cache-dir and --data-root say where)"
+        raise OSError(error.errno, advice, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def progress(things: Iterable, text: str) -> tqdm:
-    """A bar on stderr; where that is no terminal (a log file, a notebook), a line a minute."""
-    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
-    rare = {
-        "mininterval": 60,
-        "miniters": 1,
-        "delay": 60,
-        "leave": True,
-        "bar_format": "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n",
-    }
-    silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"  # of several one speaks
-    return tqdm(things, text, disable=silent, **({"leave": False} if terminal else rare))
+    """A bar on stderr, if that is a terminal; of several processes one shows it."""
+    silent = os.environ.get("RANK", "0") != "0" or not getattr(sys.stderr, "isatty", bool)()
+    return tqdm(things, text, leave=False, disable=silent)
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -142,14 +131,30 @@ def read_json(path: Path) -> dict:
     return read_text(path, lambda text: dict(json.loads(text)))
 
 
+def read_run(folder: str | Path) -> dict:
+    """config.json of a run folder: its settings, class names, training images."""
+    path = Path(folder, "config.json")
+    config = read_json(path) if path.exists() else {}
+    known = {"method", "settings", "weights", "classnames", "root", "train", "training", "tests"}
+    require(
+        known <= config.keys(), f"{path} is missing, or not ours; to begin a run name its --dataset"
+    )
+    return config
+
+
+def begun(folder: str | Path) -> bool:
+    """Whether a folder holds more than what a run writes before its first epoch."""
+    return Path(folder).exists() and not {*os.listdir(folder)} <= {"config.json", ".lock"}
+
+
 # 1. THE DATASETS: a row says where the images are and what tells their class, part and domain -----
 @dataclass
 class Source:
     images: str  # image folders below --data-root that are tried: CoOp's, torchvision's, others'
-    get: str = ""  # what to get where; --download fetches it by torchvision, where that is named
+    get: str = ""  # what to get where; --download fetches what is torchvision's
     template: str = "a photo of a {}."  # zero-shot CLIP's: CoOp's, for the last five ProReg's
     teacher: str = ""  # ProGrad's, with the class last, where it differs
-    split: str = ""  # CoOp's file {"train": [[path, label, class name], ..], "val": .., "test": ..}
+    split: str = ""  # CoOp's split_zhou_*.json: {"train": [[path, label, class name], ..], ..}
     paths: str = ".+"  # or a pattern that reads class, part and domain off an image's path
     part: str = ""  # what all images are where paths do not say so: "test" of sets to test on
     lists: dict[str, str] = field(default_factory=dict)  # published lists of the images of a part
@@ -160,7 +165,7 @@ class Source:
 CLASS = "(?P<cls>[^/]+)/.+"
 HELD_OUT = "held-out contexts"  # of NICO
 CONTEXT = "(?P<cls>[^/]+)/(?P<domain>[^/]+)/.+"
-# All of CoOp's split files but Food101's and SUN397's.
+# CoOp's split files, but for Food101's and SUN397's.
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"
 COPY = "huggingface.co/datasets/zhengli97/prompt_learning_dataset"  # not tried
 SOURCES = {
@@ -168,37 +173,33 @@ SOURCES = {
                        "ILSVRC-2012 of image-net.org, unpacked to train/WNID/* and val/WNID/*",
                        paths=f"(?P<part>train|val)/{CLASS}"),
     "caltech101": Source("caltech-101/101_ObjectCategories caltech101/101_ObjectCategories",
-                         "torchvision.Caltech101 by --download",
-                         split="split_zhou_Caltech101.json"),
-    "oxford_pets": Source("oxford_pets/images oxford-iiit-pet/images",
-                          "torchvision.OxfordIIITPet by --download",
-                          "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.",
-                          "split_zhou_OxfordPets.json"),
-    "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test with "
-                            "5-digit file names, see github.com/pytorch/vision/issues/7545, or "
-                            f"the copy at {COPY}",
-                            split="split_zhou_StanfordCars.json"),
+                         "torchvision.Caltech101 by --download", split="Caltech101"),
+    "oxford_pets": Source(
+        "oxford_pets/images oxford-iiit-pet/images", "torchvision.OxfordIIITPet by --download",
+        "a photo of a {}, a type of pet.", "a type of pet, a photo of a {}.", "OxfordPets"),
+    "stanford_cars": Source("stanford_cars", "(its link is dead) cars_train and cars_test, see "
+                            f"github.com/pytorch/vision/issues/7545, or the copy at {COPY}",
+                            split="StanfordCars"),
     "oxford_flowers": Source("oxford_flowers/jpg flowers-102/jpg",
                              "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102",
                              "a photo of a {}, a type of flower.",
-                             "a type of flower, a photo of a {}.", "split_zhou_OxfordFlowers.json"),
-    "food101": Source("food-101/images", "torchvision.Food101 by --download",
-                      "a photo of {}, a type of food.", "a type of food, a photo of {}.",
-                      "split_zhou_Food101.json"),
+                             "a type of flower, a photo of a {}.", "OxfordFlowers"),
+    "food101": Source(
+        "food-101/images", "torchvision.Food101 by --download",
+        "a photo of {}, a type of food.", "a type of food, a photo of {}.", "Food101"),
     "fgvc_aircraft": Source("fgvc_aircraft/images fgvc-aircraft-2013b/data/images",
                             "torchvision.FGVCAircraft by --download",
                             "a photo of a {}, a type of aircraft.",
                             "a type of aircraft, a photo of a {}.",
                             lists={p: f"images_variant_{p}.txt" for p in ("train", "val", "test")}),
-    "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, so that "
-                     f"SUN397/a/abbey/*.jpg is there, or the copy at {COPY}",
-                     split="split_zhou_SUN397.json"),
-    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD by --download",
-                  "{} texture.", "a texture of {}.", "split_zhou_DescribableTextures.json"),
+    "sun397": Source("sun397/SUN397 SUN397", "(its link is dead) SUN397.tar.gz, for SUN397/a/*, or "
+                     f"the copy at {COPY}", split="SUN397"),
+    "dtd": Source("dtd/images dtd/dtd/images", "torchvision.DTD by --download", "{} texture.",
+                  "a texture of {}.", "DescribableTextures"),
     "eurosat": Source("eurosat/2750", "torchvision.EuroSAT by --download",
-                      "a centered satellite photo of {}.", split="split_zhou_EuroSAT.json"),
+                      "a centered satellite photo of {}.", split="EuroSAT"),
     "ucf101": Source("ucf101/UCF-101-midframes", "UCF-101-midframes.zip, see CoOp's DATASETS.md",
-                     "a photo of a person doing {}.", split="split_zhou_UCF101.json"),
+                     "a photo of a person doing {}.", split="UCF101"),
     # ImageNet's variants, for testing only
     "imagenetv2": Source("imagenetv2/imagenetv2-matched-frequency-format-val "
                          "imagenetv2-matched-frequency-format-val ImageNetV2-matched-frequency",
@@ -250,30 +251,17 @@ class Found:
     # By (part, domain). The domain is "" in distribution; others are further test sets.
     sets: dict[tuple[str, str], list[Item]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what its user has to know
-    faults: list[str] = field(default_factory=list)  # what its user has to mend first
     whole: bool = False  # nothing of it is trained on, so that nothing needs to be held out
     real: dict[str, str] = field(default_factory=dict)  # of every image: where links lead
 
 
 def read(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
-    """Dataset `name`, without faults; of `args` where to look, and for --dataset which domains are
-    what. trained: names and places of what is trained on, if that is known; of others nothing has
-    to be held out."""
-    found = find(name, args, trained)
-    more = ["and more: see data.py --check-images"] if len(found.faults) > 5 else []
-    require(not found.faults, f"{found.root}: {'; '.join(found.faults[:5] + more)}")
-    return found
-
-
-def find(name: str, args: argparse.Namespace, trained: set[str] | None = None) -> Found:
-    """The same with its faults, as far as they do not keep it from being read."""
+    """Dataset `name`; of `args` where to look, and for --dataset which domains are what. trained:
+    names and places of what is trained on, if known; of others nothing has to be held out."""
     found = locate(name, args)
     found.whole = trained is not None and trained.isdisjoint({name, place(name, found.root)})
     flags = (args.train_domain or (), args.test_domain or ()) if name == args.dataset else ()
-    require(
-        has_domains(found) or not any(flags),
-        f"{name} has no domains: leave out --train-domain, --test-domain",
-    )
+    require(has_domains(found) or not any(flags), f"{name} has no domains: no --train/test-domain")
     if name in world.TASKS:
         return found
     rows = walk(found, args)
@@ -290,7 +278,7 @@ def find(name: str, args: argparse.Namespace, trained: set[str] | None = None) -
         key = ("test", domain) if domain else (PARTS.get(part.lower(), "train"), "")
         found.sets.setdefault(key, []).append((address, label[cls]))
     split_rest(found)
-    check_overlaps(found, found.real, "more than once")
+    check_overlaps(found)
     return found
 
 
@@ -304,23 +292,19 @@ def has_domains(found: Found) -> bool:
 
 
 def locate(name: str, args: argparse.Namespace) -> Found:
-    """The row of a dataset and its image folder; with --download torchvision fetches it. A toy
-    task is found whole."""
+    """A dataset's row and image folder, which torchvision may --download; a toy task is whole."""
     if name in world.TASKS:
-        return Found(
-            name, Source("", template=world.TASKS[name].template), "", *world.task_items(name)
-        )
+        source = Source("", template=world.TASKS[name].template)
+        return Found(name, source, "", *world.task_items(name))
     kind, _, path = name.partition(":")
-    own = kind in OWN and path
     known = ["folder:PATH", "domains:PATH", *world.TASKS, *SOURCES]
     advice = f"did you mean folder:{name}?" if os.path.isdir(name) else f"use {', '.join(known)}"
-    require(own or name in SOURCES, f"no dataset is called {name!r}: {advice}")
-    source = OWN[kind] if own else SOURCES[name]
+    source = OWN.get(path and kind) or SOURCES.get(name)
+    require(source, f"no dataset is called {name!r}: {advice}")
     data_root = os.path.expanduser(args.data_root)
-    places = [os.path.join(data_root, folder) for folder in source.images.split()] or [
-        os.path.expanduser(path)
-    ]
-    fetch = re.search(r"torchvision\.(\w+) by --download", source.get)
+    places = [os.path.join(data_root, folder) for folder in source.images.split()]
+    places = places or [os.path.expanduser(path)]
+    fetch = re.search(r"torchvision\.(\w+) by", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
 
@@ -329,9 +313,7 @@ def locate(name: str, args: argparse.Namespace) -> Found:
         except Exception as error:  # no network, half an archive, another hash
             raise UserError(f"{name} could not be fetched: {error}") from error
     root = next(filter(os.path.isdir, places), "")
-    require(
-        root, f"{name}: no images in {' or '.join(places)}, which is no folder: get {source.get}"
-    )
+    require(root, f"{name}: no images in {' or '.join(places)}, no such folder: get {source.get}")
     return Found(name, source, root)
 
 
@@ -342,13 +324,9 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
     near = [up, root, up / "splits", root / "splits", up / "imagenet", up.parent / "imagenet"]
     path = next((p / file for p in near if (p / file).is_file()), up / file)
     if url and not path.is_file():
-        try:
-            content = urllib.request.urlopen(url).read()
-        except Exception as error:  # no network, or half a file
-            raise UserError(f"{url} could not be fetched: {error}") from error
-        write(path, content)
+        write(path, urllib.request.urlopen(url).read())
     if not path.is_file():
-        raise Missing(f"{path} is missing: try --download, CoOp's DATASETS.md, or {COPY}")
+        raise FileNotFoundError(f"{path} is missing: try --download, CoOp's DATASETS.md, or {COPY}")
     return path
 
 
@@ -366,29 +344,26 @@ def address_of(found: Found, path: str, where: str) -> str:
 
 def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[int, str]]:
     """CoOp's split file → rows, {label: class name}."""
+    name = f"split_zhou_{found.source.split}.json"
     fetch = args.download and found.name not in ("food101", "sun397")
-    file = find_file(found, found.source.split, SPLITS + found.source.split if fetch else "")
+    file = find_file(found, name, SPLITS + name if fetch else "")
     split = read_json(file)
     rows, names = [], {}
     for part in ("train", "val", "test"):
-        require(
-            isinstance(split.get(part), list), f'{file} has no list "{part}" of [path, label, name]'
-        )
+        require(isinstance(split.get(part), list), f'{file} has no list "{part}" of its images')
         for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
             require(
                 isinstance(row, list) and [*map(type, row)] == [str, int, str],
-                f"{where} is not [path, label, class name]",
+                f"{where} is not [path, label, name]",
             )
             path, label, name = row
             names.setdefault(label, name)
             require(names[label] == name, f"{where}: this label is {names[label]!r} before")
             rows.append((address_of(found, path, where), label, part, ""))
-    names = dict(sorted(names.items()))
-    require(
-        [*names] == [*range(len(names))], f"{file}: labels must be 0, 1, 2, .., not {[*names][:9]}"
-    )
-    return rows, names
+    labels = sorted(names)
+    require(labels == [*range(len(labels))], f"{file}: labels must be 0, 1, .., not {labels[:9]}")
+    return rows, {label: names[label] for label in labels}
 
 
 def read_lists(found: Found, rows: list[Row], lists: list[tuple[str, str, str]]) -> list[Row]:
@@ -448,34 +423,27 @@ def walk(found: Found, args: argparse.Namespace) -> list[Row]:
 def check_parts(found: Found, rows: list[Row]) -> None:
     """UserError for folders of parts beside or below folders of classes, for too many or too few
     parts. Notes say which of your own folders are parts, and that images lie below classes."""
-    own = ":" in found.name
-    folders = {address.rpartition(os.sep)[0]: row for address, *row in rows}
-    said = {below(folder, found.root): row for folder, row in folders.items()}
-    is_part = re.compile(rf"((?ai:{'|'.join(PARTS)})|(?i:ood)/[^/]+)(/|$)").match
-    parts = sorted(
-        {p.split("/")[0] for p, (*_, domain) in said.items() if is_part(p) and not domain}
-    )
-    classes = sorted({cls for cls, part, domain in said.values() if not (part or domain)})
+    parts = {part for _, _, part, _ in rows} - {found.source.part}
+    classes = sorted({cls for _, cls, part, domain in rows if not (part or domain)})
+    # An image that lies right below train/ or ood/ has that for its class.
+    parts = sorted(parts.union(cls for cls in classes if cls.lower() in (*PARTS, "ood")))
     require(
         not (parts and classes),
         f"{found.root}: images lie in {classes[:9]}, beside the parts {parts}: a class needs "
         "another folder name, a part has PART/CLASS/*, and ood has ood/NAME/CLASS/*",
     )
     kinds = sorted(PARTS[part.lower()] for part in parts)
-    require(
-        kinds in ([], ["test", "train"], ["train", "val"], ["test", "train", "val"])
-        or (found.whole and kinds == ["test"]),
-        f"{found.root} has the parts {parts}: needed are one train and one test or val, or all",
-    )
-    tell(found.notes, own and parts, f"the folders {', '.join(parts)} are read as parts")
-    deep = sorted(p for p, (cls, *_) in said.items() if own and p.split("/")[-1] != cls)
-    if deep:
-        found.notes.append(f"images below class folders are of the class above, as in {deep[0]}")
-    inner = [path for path in deep if PARTS.keys() & {*path.lower().split("/")[1:]}]
-    require(
-        not inner,
-        f"{found.root}: images lie in {inner[:1]}: a part stands above its classes: train/CLASS/*",
-    )
+    allowed = [[], ["test", "train"], ["train", "val"], ["test", "train", "val"]]
+    allowed += [["test"]] * found.whole
+    require(kinds in allowed, f"{found.root} has the parts {parts}: needed: train, and test or val")
+    if ":" not in found.name:
+        return
+    tell(found.notes, parts, f"the folders {', '.join(parts)} are read as parts")
+    folders = {below(os.path.dirname(address), found.root): cls for address, cls, _, _ in rows}
+    deep = sorted(path for path, cls in folders.items() if path.split("/")[-1] != cls)
+    tell(found.notes, deep, f"images below class folders are of the class above, as in {deep[:1]}")
+    inner = [path for path in deep if PARTS.keys() & path.lower().split("/")[1:]]
+    require(not inner, f"{found.root}: images lie in {inner[:1]}: a part stands above its classes")
 
 
 def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
@@ -495,24 +463,26 @@ def choose_rows(found: Found, rows: list[Row], flags: tuple) -> list[Row]:
     untrained = found.whole and ":" in found.name  # then every domain is tested on
     train = train or [domain for domain in known if not untrained and domain not in test]
     test = test or [domain for domain in known if domain not in train]
+    apart = not {*train} & {*test} and {*train, *test} <= {*known}
     require(
-        test and (train or untrained) and {*train, *test} <= {*known} and not {*train} & {*test},
+        test and (train or untrained) and apart,
         f"{found.name}: trains on {train}, tests on {test}: "
         f"name --train-domain or --test-domain, of {', '.join(known)}",
     )
-    other = dict.fromkeys(train, "") | {domain: domain for domain in test}
-    if lists:
-        files = [
-            (lists[part].format(domain), part, other[domain])
-            for part in lists
-            for domain in other
-            if (part == "ood") == (domain in test)
-        ]
-        try:
+    rename = dict.fromkeys(train, "") | {domain: domain for domain in test}
+    # Of a domain to test on there is the list "ood", of one to train on there are the others.
+    files = [
+        (lists[part].format(domain), part, name)
+        for part in lists
+        for domain, name in rename.items()
+        if (part == "ood") == (domain in test)
+    ]
+    try:
+        if files:
             return sorted(read_lists(found, rows, files), key=lambda row: row[1].lower())
-        except Missing as error:
-            found.notes.append(f"not by its published lists: {error}")
-    return [(address, cls, part, other[d]) for address, cls, part, d in rows if d in other]
+    except FileNotFoundError as error:
+        found.notes.append(f"not by its published lists: {error}")
+    return [(address, cls, part, rename[d]) for address, cls, part, d in rows if d in rename]
 
 
 # 3. NAMES, PARTS AND CHECKS -----------------------------------------------------------------------
@@ -524,11 +494,7 @@ def class_names(found: Found, classes: set[str]) -> dict[str, str]:
     if ":" in found.name and own.is_file():
         return read_names(found, own, ordered)
     bad = [cls for cls in ordered if re.search("[\ud800-\udfff]", cls)]
-    require(
-        not bad,
-        f"{found.root}: the folder {bad[:1]} is not UTF-8: rename it, or name all classes in order "
-        "in classnames.txt",
-    )
+    require(not bad, f"{found.root}: the folder {bad[:1]} is not UTF-8: rename it")
     if found.name.startswith("imagenet") or any(re.fullmatch(r"n\d{8}", cls) for cls in classes):
         return wordnet_names(found, ordered)
     return {cls: cls for cls in ordered}
@@ -542,7 +508,7 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
 
     names = dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES))
     file = "open_clip, for the sorted WordNet ids"
-    with contextlib.suppress(Missing):
+    with contextlib.suppress(FileNotFoundError):
         if found.name in SOURCES:  # beside your own folders such a file belongs to others
             file = find_file(found, "classnames.txt")
             names = dict(re.findall(r"^(\S+)[ \t]+(.+)$", read_text(file), re.MULTILINE))
@@ -550,33 +516,29 @@ def wordnet_names(found: Found, classes: list[str]) -> dict[str, str]:
         names = {str(i): names[wnid] for i, wnid in enumerate(sorted(names))}
     unknown = [cls for cls in classes if cls not in names]
     require(not unknown or ":" in found.name, f"{found.root}: {file} has no name for {unknown[:1]}")
-    rest = f", but for {len(unknown)} folders that it lacks" if unknown else ""
-    found.notes.append(f"class names are from {file}{rest}")
+    found.notes.append(f"class names are from {file}, but for {len(unknown)} that it lacks")
     return {cls: names[cls] for cls in names if cls in classes} | {cls: cls for cls in unknown}
 
 
 def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     """classnames.txt: a line "FOLDER<tab>NAME" for each class folder. Names alone are for the
     folders in order, where it is clear which order: not for 1, 10, 2."""
-    lines = [normalize("NFC", x) for x in read_text(file).splitlines() if x.strip()]
-    starts = tuple(folder + sign for folder in folders for sign in " ,;:=")
-    if not any("\t" in line or line.startswith(starts) for line in lines):
-        natural = sorted(  # as file managers do it
-            folders, key=lambda text: re.sub(r"\d+", lambda n: n[0].zfill(20), text.lower())
-        )
-        swapped = any(line in folders and line != folder for folder, line in zip(folders, lines))
+    lines = [normalize("NFC", line) for line in read_text(file).splitlines() if line.strip()]
+    if not any("\t" in line for line in lines):
+        # As file managers show them: 1, 2, 10.
+        shown = sorted(folders, key=lambda f: re.sub(r"\d+", lambda n: n[0].zfill(20), f.lower()))
+        # A line that begins as a folder is called means it by name, with another sign for the tab.
+        clear = shown == folders and not any(line.startswith(tuple(folders)) for line in lines)
         require(
-            len(lines) == len(folders) and natural == folders and not swapped,
+            len(lines) == len(folders) and clear,
             f"{file}: {len(lines)} names alone for {len(folders)} folders, in the order "
-            f"{natural[:3]} .. or {folders[:3]} ..? Write FOLDER<tab>NAME",
+            f"{shown[:3]} .. or {folders[:3]} ..? Write FOLDER<tab>NAME",
         )
         lines = [f"{folder}\t{line}" for folder, line in zip(folders, lines)]
         found.notes.append(f"names by order, from {lines[0]!r} to {lines[-1]!r}")
     lines_of = group(lines, lambda line: line.partition("\t")[0].strip())
     wrong = [f for f in [*lines_of, *folders] if f not in folders or len(lines_of[f]) != 1]
-    require(
-        not wrong, f"{file}: {wrong[:1]}: needed is FOLDER<tab>NAME, once for each class folder"
-    )
+    require(not wrong, f"{file}: {wrong[:1]}: needed is FOLDER<tab>NAME, once for each folder")
     return {folder: lines_of[folder][0].partition("\t")[2].strip() for folder in folders}
 
 
@@ -587,11 +549,11 @@ def check_names(found: Found, names: dict) -> None:
     encode = SimpleTokenizer().encode
     prompts = group(names.values(), lambda text: tuple(encode(text.replace("_", " "))))
     same = [texts for tokens, texts in prompts.items() if len(texts) > 1 or not tokens]
-    tell(found.faults, len(names) < 2, f"the classes are {[*names.values()]}: two are needed")
+    require(len(names) > 1, f"{found.root}: the classes are {[*names.values()]}: two are needed")
     if found.name.startswith("imagenet"):  # whose own list has such pairs
         found.notes += [f"classes {texts} have one prompt, and stay apart" for texts in same]
     else:
-        found.faults += [f"classes {texts} have one prompt, or no name: rename" for texts in same]
+        require(not same, f"{found.root}: {same[:5]} have one prompt, or no name: rename them")
 
 
 def split_rest(found: Found) -> None:
@@ -614,59 +576,39 @@ def split_rest(found: Found) -> None:
         found.notes.append(f"all its {n} images are tested on")
     if found.whole:
         sets["train", ""] = []
-    train = group(sets["train", ""], lambda item: item[1])
-    missing = [part for part in ("val", "test") if train and not sets[part, ""]]
+    classes = group(sets["train", ""], lambda item: item[1])
+    missing = [part for part in ("val", "test") if classes and not sets[part, ""]]
     if "test" in missing or (missing and ood):
-        shares = (
-            dict.fromkeys(missing, 0.1) | {"train": 1}  # the last part takes the rest
-            if ood
-            else {"train": 0.5, "val": 0.2, "test": 1}
-        )
+        beside_ood = dict.fromkeys(missing, 0.1) | {"train": 1}
+        # In this order; the last part takes what is left.
+        shares = beside_ood if ood else {"train": 0.5, "val": 0.2, "test": 1}
         text = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         found.notes.append(f"split: ours, {text.replace('100%', 'the rest')}")
         sets |= {(part, ""): [] for part in shares}
-        for label, images in train.items():
-            n = len(images)
-            text = f"images of class {found.classnames[label]!r} cannot be split 50/20/30"
-            tell(found.faults, n < 4 and not ood, f"{n} {text}: 4 are needed")
+        for images in classes.values():
             images.sort(key=lambda item: draw_seed("split", below(item[0], found.root)))
             rest = iter(images)
             for part, share in shares.items():
-                sets[part, ""] += itertools.islice(rest, round(share * n))
-        few = ood and not sets["test", ""]
-        tell(found.faults, few, "too few images to split: 6 a class are needed")
-    told = found.notes if has_domains(found) else found.faults
-    tested = {label for _, label in sets["test", ""]}
-    untested = [cls for label, cls in enumerate(found.classnames) if label not in tested]
-    told += [
-        f"class {cls!r} has no training image: add one, or remove its other images"
-        for label, cls in enumerate(found.classnames)
-        if train and label not in train
-    ]
-    if tested and untested:
-        found.notes.append(f"{len(untested)} classes have no test image, as {untested[0]!r}")
+                sets[part, ""] += itertools.islice(rest, round(share * len(images)))
+        enough = sets["train", ""] and sets["test", ""]
+        require(enough, f"{found.root}: too few images to split: 6 a class are enough")
+    for part in ("train", "test"):
+        labels = {label for _, label in sets[part, ""]}
+        lacking = [cls for y, cls in enumerate(found.classnames) if labels and y not in labels]
+        text = f"{len(lacking)} classes have no {part} image, as {lacking[:1]}"
+        allowed = part == "test" or has_domains(found)
+        require(allowed or not lacking, f"{found.root}: {text}: add some, or remove these classes")
+        tell(found.notes, lacking, text)
 
 
-def check_overlaps(found: Found, identity: dict[str, object], how: str) -> None:
-    """A note on images that are there twice, by their identity; a fault where they are both trained
-    and tested on."""
-    addresses = [address for items in found.sets.values() for address, _ in items]
-    if len({identity[address] for address in addresses}) == len(addresses):
-        return
-    uses = [(*item, part) for (part, _), items in found.sets.items() for item in items]
-    same = group(uses, lambda use: identity[use[0]]).values()
-    twice = [list(zip(*copies)) for copies in same if len(copies) > 1]  # addresses, labels, parts
-    classes = sum(len(set(labels)) > 1 for _, labels, _ in twice)
-    apart = sum(len(set(parts)) > 1 for _, _, parts in twice)
-    found.notes.append(
-        f"{len(twice)} images are there {how}, {classes} of them in two classes, "
-        f"{apart} in two parts"
-    )
-    found.faults += [
-        f"{at['train']}, trained on, and {at['test']}, tested on, are one image: remove one"
-        for at in (dict(zip(parts, addresses)) for addresses, _, parts in twice)
-        if {"train", "test"} <= at.keys()
-    ]
+def check_overlaps(found: Found) -> None:
+    """A note on images that are there twice, by links. None is both trained and tested on."""
+    uses = [(found.real[a], a, part) for (part, _), items in found.sets.items() for a, _ in items]
+    twice = [[*zip(*uses)][1:] for uses in group(uses, lambda use: use[0]).values() if uses[1:]]
+    text = f"{len(twice)} images are there twice, as {[addresses for addresses, _ in twice][:1]}"
+    tell(found.notes, twice, text)
+    both = [addresses for addresses, parts in twice if {"train", "test"} <= {*parts}]
+    require(not both, f"{len(both)} images are trained and tested on: remove one of {both[:9]}")
 
 
 def below(address: str, root: str) -> str:
@@ -763,8 +705,7 @@ class Task:
     tests: list[Test]
     notes: list[str]
     lines: list[str] = field(default_factory=list)  # item_lines of what is trained on
-    split: str = ""  # hash of the lines
-    pool: str = ""  # hash of all images that the shots are drawn from
+    training: dict = field(default_factory=dict)  # what a figure is of: hashes, seed, ..
     root: str = ""
 
     def validation(self) -> list[Test]:
@@ -776,11 +717,8 @@ class Task:
 def load_task(args: argparse.Namespace) -> Task:
     """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
     what that run was trained on."""
-    require(
-        re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"),
-        f"--template {args.template!r} needs one {{}}, where the class name goes",
-    )
-    run = read_json(Path(args.eval, "config.json")) if args.eval else {"settings": vars(args)}
+    require(re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"), "--template needs one {}")
+    run = read_run(args.eval) if args.eval else {"settings": vars(args)}
     name = run["settings"]["dataset"]
     trained = {name, place(name, run["root"])} if args.eval else {name}
     found = read(args.dataset, args, trained)
@@ -791,17 +729,18 @@ def load_task(args: argparse.Namespace) -> Task:
     tests = make_tests(found, args.classes, args.test_part, template)
     others = [read(other, args, trained) for other in args.test_on]
     places = {place(one.name, one.root) for one in [found, *others]}
-    require(
-        len(places) > len(others),
-        f"--test-on {args.test_on}: one test set is there twice, or is --dataset",
-    )
+    require(len(places) > len(others), f"--test-on {args.test_on}: one test set is there twice")
     for other in others:
         tests += make_tests(other, "all", args.test_part, other.source.template)
         tell(other.notes, args.template, f"its template is {other.source.template!r}")
         found.notes += [f"{other.name}: {note}" for note in other.notes]
     train, val = ([], []) if args.eval else draw(found, labels, args)
-    pool = fingerprint(item_lines(found.sets["train", ""], found.root))
-    run = {"train": item_lines(train, found.root), "pool": pool, "root": found.root} | run
+    lines = item_lines(train, found.root)
+    pool = item_lines(found.sets["train", ""], found.root)  # what the shots are drawn from
+    training = {"split": fingerprint(lines), "pool": fingerprint(pool)}
+    for key in ("dataset", "classes", "template", "train_domain", "shots", "seed", "precision"):
+        training[key] = run["settings"].get(key)
+    run = {"train": lines, "training": training, "root": found.root} | run
     seen = trained_on(tests, run)
     text = f"{len(seen)} test images are trained on, as {min(seen, default='')}"
     require(args.eval or not seen, f"{text}: remove them")
@@ -815,8 +754,7 @@ def load_task(args: argparse.Namespace) -> Task:
         tests=tests,
         notes=[text] * bool(seen) + found.notes,
         lines=run["train"],
-        split=fingerprint(run["train"]),
-        pool=run["pool"],
+        training=run["training"],
         root=found.root,
     )
 
@@ -827,8 +765,8 @@ def draw(found: Found, labels: range, args: argparse.Namespace) -> tuple[list[It
     drawn = fewshot(found.sets["train", ""], found.sets["val", ""], args.shots, args.seed)
     train, val = (keep_labels(items, labels) for items in drawn)
     least = min(collections.Counter(label for _, label in train).values(), default=0)
-    few = args.shots != "all" and least < args.shots
-    tell(found.notes, few, f"a class has {least} training images, no more")
+    if args.shots != "all":
+        tell(found.notes, least < args.shots, f"a class has {least} training images, no more")
     return train, val
 
 
@@ -900,11 +838,7 @@ def read_image(address: str) -> Image.Image:
     try:
         with Image.open(address) as image:
             short, long = sorted(image.size)
-            require(
-                short * long <= Image.MAX_IMAGE_PIXELS and long <= 200 * short,
-                f"{short} x {long} pixels; the limits are {Image.MAX_IMAGE_PIXELS:,}, "
-                "and 200 times as long as wide: shrink it",
-            )
+            require(long <= 200 * short, f"{short} x {long} is over 200 times as long as wide")
             image.load()  # here: Pillow reports damaged pixels once, and then shows what it has
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
@@ -912,30 +846,12 @@ def read_image(address: str) -> Image.Image:
                 values = image.convert(image.mode[0])
                 low, high = values.getextrema()
                 fits = high <= 1 if image.mode == "F" else 255 < high < 65536 or high == 0
-                require(
-                    low >= 0 and fits,
-                    f"values {low:g} to {high:g}: scale floats to [0, 1], whole numbers to 8 or "
-                    "16 bit",
-                )
+                require(low >= 0 and fits, f"{low:g} to {high:g}: scale to [0, 1], 8 or 16 bit")
                 scale, offset = (255, 0.5) if image.mode == "F" else (1 / 256, 0)
                 image = values.point(lambda value: value * scale + offset).convert("L")
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise UserError(f"{address}: {error or type(error).__name__}") from error
-
-
-def check_images(found: Found) -> None:
-    """A fault for every image that cannot be read, and for copies that are trained and tested on; a
-    note on other copies."""
-    content = {
-        file: hashlib.sha1(Path(file).read_bytes()).digest() if os.access(file, os.R_OK) else file
-        for items in found.sets.values()
-        for file, _ in items  # a link to nothing and a toy image cannot be accessed
-    }
-    check_overlaps(found, content, "as copies")
-    bad = bad_images(content)
-    found.faults = list(dict.fromkeys(found.faults + bad))  # a link is a copy, too: named once
-    tell(found.notes, not bad, "all images can be read")
 
 
 def bad_images(addresses: Iterable[str]) -> list[str]:
@@ -1028,12 +944,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv, argparse.Namespace(data_root="data"))
     require(args.dataset or not (args.download or args.check_images), "name one --dataset for this")
     if args.dataset:
-        found = find(args.dataset, args)
-        if args.check_images:
-            check_images(found)
+        found = read(args.dataset, args)
         describe(found, True)
-        print("".join(f"{fault}\n" for fault in found.faults), end="")
-        require(not found.faults, f"{len(found.faults)} faults, named above: mend them first")
+        if args.check_images:
+            bad = bad_images(address for items in found.sets.values() for address, _ in items)
+            print(*bad or ["all images can be read"], sep="\n")
+            require(not bad, f"{len(bad)} images cannot be read, named above: mend or remove them")
     else:
         for name in [*world.TASKS, *SOURCES]:
             try:

@@ -2,12 +2,11 @@
 
 The idea. CLIP classifies an image by comparing it with the text features of "a photo of a CLASS.".
 Prompt tuning (CoOp) replaces the words before CLASS by M learned vectors, trained on a few labelled
-images while CLIP stays frozen. With few images the vectors soon fit what is particular to these
-images, and forget what CLIP knew: classes that were not trained on get worse. ProGrad asks at every
-step what the hand-written prompt would have wanted. Let g_d be the gradient of the label loss, and
-g_g the gradient of the distance to the zero-shot prediction. If they agree (a step down the one
-also goes down the other), g_d is used as it is. If they conflict, the part of g_d that undoes g_g
-is removed first.
+images while CLIP stays frozen. They soon fit what is particular to these images, and forget what
+CLIP knew: other classes get worse. ProGrad asks at every step what the hand-written prompt would
+have wanted. Let g_d be the gradient of the label loss, and g_g that of the distance to the
+zero-shot prediction. If they agree (a step down the one also goes down the other), g_d is used as
+it is. If they conflict, the part of g_d that undoes g_g is removed.
 
 Equations (numbered by this file: the paper could not be read in full)
     Eq. 1   p(c | x) = softmax over c of s cos(f(x), t_c)                              prompted CLIP
@@ -30,11 +29,10 @@ Equations (numbered by this file: the paper could not be read in full)
     B images in a batch, N in a set, C classes, M context vectors; W entries of a token, the text
     transformer's width; D entries of a feature, of an image or of a text
 
-Frozen: all of CLIP (both encoders, token embeddings, s). Learned: the M context vectors. Why it
-helps: at λ = 1, g has no component against g_g, so to first order the label loss falls without
-moving away from zero-shot CLIP. (That holds for g on this batch; momentum and weight decay come
-after.) When it does not help: where zero-shot CLIP is wrong in a systematic way (a new kind of
-image), moving away from it is just what learning needs; hence λ < 1 with many shots.
+Frozen: all of CLIP. Learned: the M context vectors. Why it helps: at λ = 1, g has no component
+against g_g, so to first order the label loss falls without moving away from zero-shot CLIP (on this
+batch, and before momentum and weight decay). When it does not help: where zero-shot CLIP is wrong
+in a systematic way (a new kind of image), learning has to move away; hence λ < 1 with many shots.
 
 PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/Prompt-align at
 1b76203, and is followed; FILE:LINES are below its folder ProGrad.public/.)
@@ -43,19 +41,17 @@ PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/
  2. Context length: the paper has M = 16 for few-shot, 4 for its other protocols; the code has 16
     everywhere (README.md:54-58, scripts/base2new_train_prograd.sh:12).
  3. Start: the code puts the template's words into the last of the M slots and zero vectors before
-    (trainers/prograd.py:90-93); its CoOp baseline starts at random (train.py:97,
-    trainers/coop.py:100-109), so that the two differ in more than the method. Here --init sets the
-    start of both: --lam 0 differs from ProGrad by λ alone.
+    (trainers/prograd.py:90-93). Its CoOp starts at random (train.py:97, trainers/coop.py:100-109),
+    and so differs in more than the method. Here --init sets the start of both.
  4. The code counts the template's words (trainers/prograd.py:82), we its tokens. "a type of pet, a
-    photo of a" is 8 words and 9 tokens: there 8 tokens become context, and the last, "a", stays
-    before the class name as an ordinary token that is not learned; here all 9 are context.
- 5. L_kl: the paper's is KL(p_zs | p), the code's the cross-entropy of Eq. 3
-    (trainers/prograd.py:288-291). At one T their gradients differ by the factor T² alone, and
-    Eq. 5 does not depend on the length of g_g: T² matters for --rule add and for the logged loss.
+    photo of a" is 8 words and 9 tokens: the code learns 8 and leaves the last, "a", before the
+    class name as an ordinary token; here all 9 are context.
+ 5. L_kl: KL(p_zs | p) in the paper, the cross-entropy of Eq. 3 in the code
+    (trainers/prograd.py:288-291). At one T its gradient is T² times as long, which Eq. 5 does not
+    notice; --rule add and the logged loss do.
  6. The code projects each parameter tensor by itself, where the cosine is below 0
-    (../Dassl.ProGrad.pytorch/dassl/engine/trainer.py:335-345). There is one tensor, the context,
-    also with --csc. The code's contexts for each class start at random
-    (trainers/prograd.py:97-104); that they start at the template, all alike, is ours.
+    (../Dassl.ProGrad.pytorch/dassl/engine/trainer.py:335-345). There is one, the context. With
+    --csc the code's starts at random (trainers/prograd.py:97-104), ours at the template.
  7. Precision: fp16 in the code (train.py:98) for context, gradients and projection; fp32 here.
  8. The paper's ProGrad++ has no released code. Here --teacher ensemble averages the unit text
     features of OpenAI's 80 templates for ImageNet (toyclip: of its captions' templates).
@@ -84,17 +80,15 @@ Tensor = torch.Tensor
 
 
 def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
-    """Remove from g_d the component that conflicts with g_g (Eq. 5). g_d, g_g: of one shape, any;
-    the inner product is over the whole tensor.
+    """Remove from g_d the component that conflicts with g_g (Eq. 5); where g_g is 0, nothing. Both
+    are of one shape, any; the inner product is over the whole tensor.
 
-    Without a conflict, or where g_g is 0, the result is g_d. In a conflict λ = 1 makes it
-    orthogonal to g_g. If g_g is tiny, its direction counts all the same. So it does in the first
-    step from a context that equals the teacher's prompt: there p = p_zs, so that g_g should be 0
-    and is rounding noise below 1e-8. The first epoch's rate of 1e-5 keeps that step small.
+    If g_g is tiny, its direction counts all the same. In the first step from a context that equals
+    the teacher's prompt p = p_zs, so that g_g should be 0 and is rounding noise below 1e-8. The
+    first epoch's rate of 1e-5 keeps that step small.
 
-    WHY several workers must not project their own gradients and average the results: the projection
-    is not linear, and a mean of projected gradients can conflict with the mean g_g. Average g_d and
-    g_g first, then project.
+    WHY several workers must average g_d and g_g first, then project: the projection is not linear,
+    and a mean of projected gradients can conflict with the mean g_g.
 
     >>> g_d, g_g = torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 0.0])
     >>> project_gradient(g_d, g_g)  # <g_d, g_g> = -3 < 0: the first entry undoes g_g
@@ -127,11 +121,8 @@ def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tens
 
 # 2. MODEL: M vectors in front of the class name ---------------------------------------------------
 class PromptLearner(torch.nn.Module):
-    """The learned context. It holds no class: `forward` takes tokenised names, so that a trained
-    prompt reads any classes.
-
-    context [M, W], shared by all classes, or [C, M, W], one for each (--csc).
-    """
+    """The learned context, [M, W] for all classes, or [C, M, W], one for each (--csc). It holds no
+    class: `forward` takes tokenised names, so that a trained prompt reads any classes."""
 
     def __init__(self, clip: Clip, context: Tensor):
         super().__init__()
@@ -151,27 +142,19 @@ class PromptLearner(torch.nn.Module):
         if self.context.dim() == 2:  # [SOS, context] is the same for all classes
             prefix = torch.cat([prefix, self.context[None]], dim=1)  # [1, 1 + M, W]
         else:
-            names = with_contexts(self.context, names)
+            # All names stand in names.rows [R, S, W], each after M places that hold position
+            # embeddings alone; names.own [C · M] are their numbers in the rows laid end to end.
+            places = names.rows.flatten(0, 1).index_add(0, names.own, self.context.flatten(0, 1))
+            names = dataclasses.replace(names, rows=places.view_as(names.rows))
         # WHY gradients=True in evaluation, too: one precision, that of training.
         with common.autocast(self.clip, gradients=True):
             return common.encode_prompts(self.clip, prefix, names)[0]  # of the one prefix
 
 
-def with_contexts(context: Tensor, names: Names) -> Names:
-    """--csc: put each class's context (context [C, M, W]) before its own name.
-
-    All names stand side by side in names.rows [R, S, W]. Before each are M free places, which hold
-    position embeddings alone; names.own [C · M] are their numbers, class by class, in the rows laid
-    end to end.
-    """
-    places = names.rows.flatten(0, 1).index_add(0, names.own, context.flatten(0, 1))  # [R · S, W]
-    return dataclasses.replace(names, rows=places.view_as(names.rows))
-
-
 def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int) -> Tensor:
     """Where the context starts, [M, W]. init "template": the tokens of the template's words before
     {} (of "a photo of a", where there are none) in the last of M = n_ctx slots, and zeros before;
-    "random": N(0, 0.02²). UserError for more words than slots."""
+    "random": N(0, 0.02²)."""
     if init == "random":
         noise = torch.randn(n_ctx, clip.width, generator=data.generator(seed, "context"))
         return 0.02 * noise.to(common.start_of_text(clip))  # its device and dtype
@@ -197,26 +180,24 @@ def teacher_classifier(args: argparse.Namespace, clip: Clip, task: data.Task) ->
 SETTINGS = {"lam": 1.0, "rule": "project", "teacher": "template", "temperature": 1.0, "n_ctx": 16,
             "init": "template", "csc": False, "batch_size": 32, "momentum": 0.9,
             "weight_decay": 5e-4}
-# On toy data: the paper's base-to-new protocol, 4 shots. The paper's rate is 0.002 at CLIP's logit
-# scale s = 100. Gradients have s as a factor, and toyclip's is 21: 0.002 · 100 / 21 is about 0.01.
+# Base to new, 4 shots. The paper's rate is 0.002 at CLIP's logit scale s = 100. Gradients have s as
+# a factor, and toyclip's is 21: 0.002 · 100 / 21 is about 0.01.
 TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip",
                   "shots": 4, "lr": 0.01, "augment": "none", "views": 1, "compare": True}
-PAPER = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "lr": 0.002,
-                    "augment": "crop", "views": 0, "compare": False}
+REAL = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "lr": 0.002,
+                   "augment": "crop", "views": 0, "compare": False}
 # fmt: on
 
 
 def defaults(run: dict) -> dict:
-    """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
-    earlier run; "dataset" at least."""
-    if run["dataset"].startswith("toy_"):
-        # About as many steps as the paper's runs with 1, 2, 4, 8, 16 shots. Those, on 24 to 50
-        # classes: 50, 100 to 300, 300 to 600, 1,200 to 2,400, 2,400 to 5,000. These, on 12 classes:
-        # 100, 200, 400, 1,200, 2,400.
+    """The settings where no flag says otherwise. run: those that are known."""
+    if run.get("dataset", "toy_").startswith("toy_"):
+        # Steps with 1, 2, 4, 8, 16 shots of 12 classes: 100, 200, 400, 1,200, 2,400. The paper's,
+        # of 24 to 50 classes: 50, 100 to 300, 300 to 600, 1,200 to 2,400, 2,400 to 5,000.
         epochs = {1: 100, 2: 200}.get(run.get("shots", 4), 400)
         return TOY | {"epochs": epochs, "classes": "all" if run.get("csc") else "base"}
     shots = run.get("shots", 16)
-    settings = PAPER | {"epochs": {1: 50, 2: 100, 4: 100}.get(shots, 200)}
+    settings = REAL | {"epochs": {1: 50, 2: 100, 4: 100}.get(shots, 200)}
     if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
         settings["views"] = 10
     if run.get("paper") and run["dataset"] == "imagenet":
@@ -244,9 +225,7 @@ def build_parser() -> data.Parser:
 
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
-def step(
-    learner: PromptLearner, names: Names, teacher: Tensor, x: Tensor, labels: Tensor, args
-) -> Tensor:
+def step(learner: PromptLearner, names: Names, teacher, x: Tensor, labels: Tensor, args) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], the teacher's unit text features [C, D]
     → [L_ce, L_kl, cosine of g_d and g_g, 1 where they conflict or 0]. Sets context.grad to g."""
     text = F.normalize(learner(names), dim=-1)  # [C, D]
@@ -270,20 +249,21 @@ def step(
 
 
 def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Path) -> PromptLearner:
-    """Tune the context. views(epoch) → unit image features [N, D], labels [N]. Goes on from the
-    checkpoint in `out`, if there is one."""
+    """Tune the context. views(epoch) → unit image features [N, D], labels [N]."""
     context = initial_context(clip, task.teacher_template, args.n_ctx, args.init, args.seed)
     if args.csc:
         context = context.expand(len(task.classnames), -1, -1)  # [C, M, W]
     learner = PromptLearner(clip, context)
     names = learner.names(task.classnames)
     teacher = teacher_classifier(args, clip, task)
-    validation = common.encode_tests(args, clip, task.validation()) if args.eval_every else []
+    tests = task.validation() if args.eval_every else []
+    validation = [common.encode_test(args, clip, test) for test in tests]
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
-    for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
+    first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
+    for epoch in common.progress(range(first, args.epochs), out.name):
+        x, labels = views(epoch)  # [N, D], [N]
         # Eq. 6: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -295,24 +275,19 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Pat
             optimizer.step()
         loss_ce, loss_kl, cosine, conflict = torch.stack(seen).mean(dim=0)
         # Means over the epoch's steps: "conflict" is the share of steps with a conflict.
-        line = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine,
-                "conflict": conflict}  # fmt: skip
+        log = {"lr": lr, "loss_ce": loss_ce, "loss_kl": loss_kl, "cosine": cosine,
+               "conflict": conflict}  # fmt: skip
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
-            line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
-        note = {"classnames": task.classnames, "template": task.template}
-        common.end_epoch(
-            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs, **note
-        )
+            log["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
+        common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs)
     return learner
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
 # tools/ call class_logits and read_learner of each method file alike: `template` is for proreg.py.
 @torch.no_grad()
-def class_logits(
-    learner: PromptLearner, clip: Clip, classnames: list[str], x: Tensor, template: str = ""
-) -> Tensor:
+def class_logits(learner: PromptLearner, clip: Clip, classnames: list[str], x: Tensor, template=""):
     """Logits [N, C] of unit image features x [N, D] among any class names."""
     text = learner(learner.names(classnames))
     return clip.scale * x @ F.normalize(text, dim=-1).T
@@ -329,8 +304,7 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
 
 
 def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
-    the test sets, as frozen CLIP sees them."""
+    """Train (or read the run to evaluate), test on `encoded`, write the run folder → its result."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
@@ -338,9 +312,8 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
                else train(args, clip, task, views, out))  # fmt: skip
     found = [{"tuned": class_logits(learner, clip, frozen.test.classnames, frozen.x)}
              for frozen in encoded]  # fmt: skip
-    return common.write_result(
-        out, method_name(args), args, clip, task, encoded, found, start, baseline
-    )
+    name = method_name(args)
+    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
@@ -356,11 +329,8 @@ def method_name(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> dict:
     """Run the script with these flags → what result.json holds."""
     args = common.settle(build_parser(), argv, "prograd", defaults)
-    unseen = args.classes == "base" or args.test_on
-    require(
-        not (args.csc and unseen),
-        "--csc has no context for classes outside training: leave out --classes base and --test-on",
-    )
+    new = args.csc and (args.classes == "base" or args.test_on)
+    require(not new, "--csc has no context for other classes: no --classes base, no --test-on")
     task = data.load_task(args)
     if args.csc and args.eval:
         same = common.read_run(args.eval)["classnames"] == task.classnames
@@ -371,7 +341,7 @@ def main(argv: list[str] | None = None) -> dict:
     against = "CoOp and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)
-    encoded = common.encode_tests(args, clip, task.tests)
+    encoded = [common.encode_test(args, clip, test) for test in task.tests]
     baseline = None
     if compare:  # CoOp: λ = 0, from the same start on the same batches
         plain = argparse.Namespace(**vars(args) | {"lam": 0.0})

@@ -31,35 +31,32 @@ Equations (numbered by this file: the paper could not be read in full)
     processes), N in a set, C classes; D entries of a feature, of an image or of a text
 
 Learned: the image encoder and the classifier. Frozen: the teacher, a second image encoder, which
-sees the same augmented view of each image (one forward pass a step; without augmentation one in
-all); the text encoder makes t and is done. Where it lies: between zero-shot CLIP (weak on images
-like the training images, in-distribution or ID; decent elsewhere, OOD) and fine-tuning (the
-reverse), at a point that α and k choose. So do KD with one weight, logit ensembles and WiSE-FT:
-compare at equal ID accuracy. It helps where training images hold a shortcut that the prompt does
-not take, not where zero-shot CLIP is wrong throughout. k = 10 and a prompt that is seldom sure (low
-logit scale, as toyclip's 21) leave w near 0: plain fine-tuning. α is a factor in Eq. 5, a share in
-Eq. 6.
+sees the same augmented view of each image; the text encoder makes t and is done. Where it lies:
+between zero-shot CLIP (weak on images like the training images, in-distribution or ID; decent
+elsewhere, OOD) and fine-tuning (the reverse), at a point that α and k choose. So do KD with one
+weight, logit ensembles and WiSE-FT: compare at equal ID accuracy. It helps where training images
+hold a shortcut that the prompt does not take, not where zero-shot CLIP is wrong throughout. k = 10
+and a prompt that is seldom sure (low logit scale: toyclip's is 21, CLIP's 100) leave w near 0:
+plain fine-tuning. α is a factor in Eq. 5, a share in Eq. 6.
 
 PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/ProReg at 102ff0b,
 and is followed; FILE:LINES are below its folder vilt/, or config/.)
  1. k = 10 in the code (modules/losses.py:60-62); commented out are k = 1 and a ratio of losses
     (17-49). The paper's own weight was not seen.
- 2. No weight decay on biases. Of layer norms the code exempts those called norm, norm1, norm2
-    (modules/vilt_utils.py:74-84), as in ViLT. CLIP's are called ln_pre, ln_1, ln_2 and ln_post, and
-    are decayed, as t and log s are.
+ 2. No weight decay on biases, nor on layer norms called norm, norm1, norm2, as in ViLT
+    (modules/vilt_utils.py:74-84). CLIP's, ln_pre, ln_1, ln_2, ln_post, are decayed, as t and log s.
  3. AdamW is PyTorch's, not that of `transformers` (modules/vilt_utils.py:4, 136); RandAugment(2, 9)
     is torchvision's, with other operations than the code's (transforms/randaug.py).
  4. The partial last batch is kept, averaged over its own size. The code averages the means of parts
     (of processes and of accumulated steps, ../run.py:44-63) even where these have different sizes;
     here parts are weighted, so that they learn what one batch would.
- 5. The code keeps the epoch that is best on validation images (../run.py:23-29), looked at twice an
-    epoch (config.py:114). For DomainNet these are the ID test images
-    (datasets/domain_net_dataset.py:15-16), and for BAR those that accuracy is measured on, as its
-    test part has no labels there (datasets/bar_dataset.py:29-32). Here the last step is reported;
-    --select val looks at the validation part after every epoch.
+ 5. The code looks twice an epoch (config.py:114) and keeps what is best on validation images
+    (../run.py:23-29): of DomainNet the ID test images (datasets/domain_net_dataset.py:15-16), of
+    BAR those that accuracy is measured on, as its test part has no labels there
+    (datasets/bar_dataset.py:29-32). Here the last step is reported; --select val looks at the
+    validation part after every epoch.
  6. A `_` in a class name is a blank here; the code leaves it (modules/vilt_module.py:29).
- 7. Batch norm (RN50, toyclip) keeps CLIP's running statistics; its scale and shift are tuned. (The
-    code's CLIPs have none.)
+ 7. Batch norm (RN50, toyclip; none in the code) keeps CLIP's statistics; scale and shift are tuned.
  8. The paper's experiment on VQA-CP (with ViLT) is not in the code and not here.
 
     python proreg.py                                                   # toy world, toy CLIP
@@ -90,11 +87,8 @@ from common import Clip, require
 Tensor = torch.Tensor
 
 
-def adaptive_weight(
-    logits: Tensor, zs_logits: Tensor, labels: Tensor, power: float = 10.0
-) -> Tensor:
-    """Trust in the zero-shot prompt, sample by sample (Eq. 4). logits, zs_logits [B, C], labels [B]
-    → [B] in [0, 1).
+def adaptive_weight(logits: Tensor, zs_logits: Tensor, labels: Tensor, power=10.0) -> Tensor:
+    """Trust in the prompt, by sample (Eq. 4). logits, zs_logits [B, C], labels [B] → [B] in [0, 1).
 
     WHY no gradient: through w the model could lower its loss by being less sure of the label.
 
@@ -119,14 +113,14 @@ def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return -logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
 
 
-def distillation_losses(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
+def prompt_losses(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
     """Cross-entropy from the zero-shot prediction, times T², of each sample (Eq. 3). logits,
     zs_logits [B, C] → [B], nats.
 
     WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size
     comparable when T changes.
 
-    >>> distillation_losses(torch.zeros(1, 2), torch.tensor([[50.0, 0.0]]))  # a sure prompt: ln 2
+    >>> prompt_losses(torch.zeros(1, 2), torch.tensor([[50.0, 0.0]]))  # a sure prompt: ln 2
     tensor([0.6931])
     """
     p_zs = (zs_logits / T).softmax(dim=-1)  # [B, C]
@@ -136,19 +130,16 @@ def distillation_losses(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Te
 
 
 def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
-    """The mean of Eq. 3 over the batch. logits, zs_logits [B, C] → scalar, nats.
+    """Mean of Eq. 3 over the batch. logits, zs_logits [B, C] → scalar, nats.
 
     >>> distillation_loss(torch.zeros(2, 2), torch.zeros(2, 2))
     tensor(0.6931)
     """
-    return distillation_losses(logits, zs_logits, T).mean()
+    return prompt_losses(logits, zs_logits, T).mean()
 
 
-def fixed_kd_loss(
-    logits: Tensor, zs_logits: Tensor, labels: Tensor, alpha: float, T: float = 1.0
-) -> Tensor:
-    """Both losses at one weight for all samples (Eq. 6). logits, zs_logits [B, C], labels [B] →
-    scalar, nats.
+def fixed_kd_loss(logits: Tensor, zs_logits: Tensor, labels: Tensor, alpha: float, T=1.0) -> Tensor:
+    """Both losses at one weight (Eq. 6). logits, zs_logits [B, C], labels [B] → scalar, nats.
 
     >>> sure = torch.tensor([[50.0, 0.0]])
     >>> fixed_kd_loss(sure, -sure, torch.tensor([0]), alpha=0.5)  # label fits, prompt does not
@@ -160,15 +151,9 @@ def fixed_kd_loss(
 
 
 def proreg_loss(
-    logits: Tensor,
-    zs_logits: Tensor,
-    labels: Tensor,
-    alpha: float = 1.0,
-    power: float = 10.0,
-    T: float = 1.0,
+    logits: Tensor, zs_logits: Tensor, labels: Tensor, alpha=1.0, power=10.0, T=1.0
 ) -> Tensor:
-    """Both losses, weighted sample by sample (Eq. 5). logits, zs_logits [B, C], labels [B] →
-    scalar, nats.
+    """Both losses, weighted by sample (Eq. 5). logits, zs_logits [B, C], labels [B] → scalar, nats.
 
     >>> sure = torch.tensor([[50.0, 0.0]])
     >>> proreg_loss(sure, -sure, torch.tensor([0]))  # the prompt is wrong: w = 0, the label counts
@@ -176,29 +161,27 @@ def proreg_loss(
     """
     w = adaptive_weight(logits, zs_logits, labels, power)  # [B]
     loss_ce = label_losses(logits, labels)
-    loss_kl = distillation_losses(logits, zs_logits, T)
+    loss_kl = prompt_losses(logits, zs_logits, T)
     # Eq. 5: L = mean( (1 - w) · L_ce ) + α · mean( w · L_kl )
     return ((1 - w) * loss_ce).mean() + alpha * (w * loss_kl).mean()
 
 
 # 2. MODEL: CLIP's image encoder, and a classifier that starts as the zero-shot prompt -------------
 class PromptedClassifier(torch.nn.Module):
-    """A copy of CLIP's image encoder and, of the text side, only the features of the training
-    classes' prompts.
+    """A copy of CLIP's image encoder and, of the text side, the features of the classes' prompts.
 
     text_features [C, D] stay unnormalised, as released. WHY that matters: Adam's steps have one
     size, so the length of a row sets how fast it turns. head "mlp": no prompt, but two layers from
     a random start, cls_head, which is ordinary fine-tuning.
     """
 
-    def __init__(
-        self, clip: Clip, classnames: list[str], template: str, head: str = "text", seed: int = 1
-    ):
+    def __init__(self, clip: Clip, classnames: list[str], template: str, head="text", seed=1):
         super().__init__()
         # clip.start: the image encoder in fp32, where the frozen one is held in half precision.
-        visual = copy.deepcopy(clip.start or clip.model.visual).requires_grad_(True)
         # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
-        self.visual = visual.to(clip.device, memory_format=torch.contiguous_format)
+        self.visual = copy.deepcopy(clip.start or clip.model.visual).to(
+            clip.device, memory_format=torch.contiguous_format
+        )
         self.classnames = classnames  # of the classifier's rows
         self.template = template
         text = common.prompt_features(clip, classnames, template)  # [C, D]
@@ -206,6 +189,7 @@ class PromptedClassifier(torch.nn.Module):
         if head == "text":
             self.text_features = torch.nn.Parameter(text.clone())  # [C, D]
             self.logit_scale = torch.nn.Parameter(clip.model.logit_scale.detach().clone())  # log s
+        self.requires_grad_().eval()  # eval: see PAPER vs CODE 7
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, D], unnormalised."""
@@ -233,15 +217,12 @@ def random_layers(text: Tensor, seed: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(first, torch.nn.LayerNorm(2 * D), torch.nn.GELU(), last).to(text)
 
 
-def parameter_groups(
-    learner: PromptedClassifier, lr: float, factor: float, weight_decay: float
-) -> list[dict]:
+def parameter_groups(learner: PromptedClassifier, lr: float, factor: float, weight_decay: float):
     """AdamW's groups as released: what is not the image encoder (t and log s, or cls_head) at
-    `factor` times the rate; no decay of what has one of `exempt` in its name (see PAPER vs CODE 2).
-    "peak": the group's highest rate."""
+    `factor` times the rate; no decay of what is exempt (PAPER vs CODE 2). "peak": highest rate."""
+    exempt = ("bias", "norm.weight", "norm1.weight", "norm2.weight")
     groups = {}
     for name, parameter in learner.named_parameters():
-        exempt = ("bias", "norm.weight", "norm1.weight", "norm2.weight")
         decay = 0.0 if any(part in name for part in exempt) else weight_decay
         peak = lr if name.startswith("visual.") else lr * factor
         groups.setdefault((peak, decay), []).append(parameter)
@@ -249,8 +230,7 @@ def parameter_groups(
 
 
 def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
-    """The rate of step 0 .. steps - 1 (Eq. 7), as a fraction of its peak: in the first `warmup` of
-    the steps up from 0, then down.
+    """Rate of step 0 .. steps - 1 (Eq. 7), a share of its peak; it rises in the first `warmup`.
 
     >>> [round(warmup_linear(step, 10, 0.2), 3) for step in (0, 1, 2, 9)]
     [0.0, 0.5, 1.0, 0.125]
@@ -264,27 +244,26 @@ def warmup_linear(step: int, steps: int, warmup: float = 0.1) -> float:
 SETTINGS = {"loss": "proreg", "classes": "all", "temperature": 1.0, "head": "text", "train": "all",
             "select": "last", "shots": "all", "betas": [0.9, 0.98], "weight_decay": 0.01,
             "warmup": 0.1, "accumulate": 1, "views": 0, "ensemble": [], "wise_ft": []}
-# WHY k = 1 on toy data: toyclip's logit scale is 21 and not CLIP's 100. Its prompt is seldom sure
-# of a label, so that p_zs^10, and with it w, is nearly 0, which is plain fine-tuning.
+# WHY k = 1: toyclip's prompt is seldom sure of a label, so that k = 10 is plain fine-tuning.
 TOY = SETTINGS | {"dataset": "toy_shapes_biased", "model": "toyclip", "lr": 3e-4, "epochs": 8,
                   "head_lr_factor": 1.0, "batch_size": 64, "augment": "none", "power": 1.0,
                   "compare": True}
-PAPER = SETTINGS | {"model": "ViT-B-32", "pretrained": "openai", "lr": 1e-5, "epochs": 10,
-                    "head_lr_factor": 100.0, "batch_size": 256, "augment": "randaugment",
-                    "power": 10.0, "compare": False}
+REAL = SETTINGS | {"model": "ViT-B-32", "pretrained": "openai", "lr": 1e-5, "epochs": 10,
+                   "head_lr_factor": 100.0, "batch_size": 256, "augment": "randaugment",
+                   "power": 10.0, "compare": False}
 # α of each loss, and with --paper of a dataset: config/bar/prompt_xERM.yaml:8,
 # config/nico_vehicle/prompt_xERM.yaml:6 and config/nico_animal/prompt_proreg.yaml:6 as released.
 ALPHA = {"proreg": {"default": 2.0, "bar": 1.0, "nico_vehicle": 1.5}, "ce": {"default": 0.0},
          "kd": {"default": 0.5, "nico_animal": 0.9}}
 # fmt: on
+PATIENCE = datetime.timedelta(minutes=5)  # until all processes have met
 
 
 def defaults(run: dict) -> dict:
-    """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
-    earlier run; "dataset" at least."""
+    """The settings where no flag says otherwise. run: those that are known."""
     alphas = ALPHA[run.get("loss", "proreg")]
-    alpha = alphas.get(run["dataset"] if run.get("paper") else "default", alphas["default"])
-    return (TOY if run["dataset"].startswith("toy_") else PAPER) | {"alpha": alpha}
+    alpha = alphas.get(run.get("dataset") if run.get("paper") else "default", alphas["default"])
+    return (TOY if run.get("dataset", "toy_").startswith("toy_") else REAL) | {"alpha": alpha}
 
 
 FLAGS = {
@@ -309,13 +288,11 @@ def build_parser() -> data.Parser:
     return common.new_parser(__doc__, "ProReg (Eq. n: see the file's head)", FLAGS, defaults)
 
 
-PATIENCE = datetime.timedelta(minutes=5)  # until all processes have met
-
-
 # 4. TRAIN: several processes learn what one alone would learn -------------------------------------
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun join the other processes. The first alone speaks, evaluates and writes."""
-    if not common.several_processes() or dist.is_initialized():
+    alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone or dist.is_initialized():
         return
     require(not args.download, "let one process download first: python data.py --download ..")
     if args.device != "cpu":
@@ -325,16 +302,12 @@ def join_processes(args: argparse.Namespace) -> None:
     try:
         store, number, n = next(dist.rendezvous("env://", timeout=PATIENCE))
     except (ValueError, RuntimeError) as error:
-        raise common.UserError(
-            f"the processes did not meet: start N by torchrun --nproc-per-node N ({error})"
-        ) from error
+        raise common.UserError(f"the processes did not meet: use torchrun ({error})") from error
+    day = datetime.timedelta(days=1)  # the others wait while the first evaluates
     dist.init_process_group(
         "nccl" if args.device != "cpu" else "gloo",
-        store=store,
-        rank=number,
-        world_size=n,
-        timeout=datetime.timedelta(days=1),  # the others wait while the first evaluates
-    )
+        timeout=day, store=store, rank=number, world_size=n,
+    )  # fmt: skip
     if number > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -353,8 +326,8 @@ def step(
     learner: PromptedClassifier, clip: Clip, teacher, images: Tensor, labels: Tensor, index, args
 ) -> tuple[Tensor, Tensor]:
     """One part of a batch: images [b, 3, H, W], labels [b], index [b] (positions in the data) → its
-    loss L, with a gradient, and for the log sums over its images of [1, L, L_ce, prediction right,
-    w, w > 0.5]. teacher(images, index) → zero-shot CLIP's logits [b, C]."""
+    loss L, and sums over its images of [1, L, L_ce, prediction right, w, w > 0.5] for the log.
+    teacher(images, index) → zero-shot CLIP's logits [b, C]."""
     with common.autocast(clip):
         features = learner.encode_image(images)  # [b, D]
     logits = learner(features)  # [b, C]
@@ -375,9 +348,8 @@ def step(
 
 
 def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
-    """Fine-tune on task.train. Goes on from the checkpoint in `out`, if there is one."""
-    # eval: see PAPER vs CODE 7.
-    learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed).eval()
+    """Fine-tune on task.train."""
+    learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed)
     learner.visual.requires_grad_(args.train == "all")  # AdamW passes over what has no gradient
     # WHY fused: one kernel for all parameters, and no number is read on the way.
     optimizer = torch.optim.AdamW(
@@ -387,8 +359,9 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     # WHY a scaler: fp16 gradients underflow. Its state is not kept over a resume.
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
-    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
-    for epoch, batches in common.epochs(args, first, training_batches(args, clip, task), out.name):
+    first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
+    for epoch in common.progress(range(first, args.epochs), out.name):
+        batches = training_batches(args, clip, task, epoch)
         sums = next(learner.parameters()).new_zeros(6)
         for i, (size, parts) in enumerate(batches):
             rate = warmup_linear(epoch * len(batches) + i, args.epochs * len(batches), args.warmup)
@@ -401,7 +374,8 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
                 # WHY this factor: summed over parts and processes it is the mean over the batch.
                 scaler.scale(loss * (len(part[0]) / size)).backward()
                 sums += numbers
-            add_gradients(learner)
+            if world_size() > 1:
+                add_gradients(learner)
             # Eq. 7
             scaler.step(optimizer)
             scaler.update()
@@ -411,32 +385,22 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     return learner
 
 
-def training_batches(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
-    """A function epoch → a list: for each batch its size, and an iterator over the parts that this
-    process takes of it, each (images [b, 3, H, W], labels [b], positions [b])."""
-    images = data.ImageSet(
-        task.train, data.train_transform(clip.preprocess, args.augment), args.seed
-    )
-
-    def batches(epoch: int) -> list[tuple[int, Iterator]]:
-        # The last batch may be smaller, and is kept, as released.
-        shuffled = torch.randperm(len(images), generator=data.generator(args.seed, "order", epoch))
-        whole = shuffled.split(args.batch_size)[: args.max_steps or None]
-        own = [own_parts(batch, args.accumulate) for batch in whole]
-        # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
-        view = epoch % args.views if args.views else epoch
-        lists = [(part + view * len(images)).tolist() for parts in own for part in parts]
-        # One loader for all of these, as it decodes ahead. So the batches are to be used in order.
-        loaded = data.load_images(images, lists, args, f"epoch {epoch + 1}")
-        return [(len(batch), (next(loaded) for _ in parts)) for batch, parts in zip(whole, own)]
-
-    return batches
-
-
-def own_parts(batch: Tensor, accumulate: int) -> list[Tensor]:
-    """This process's images of a batch [B], in at most `accumulate` parts of about one size; none
-    where the batch has none for this process."""
-    return [part for part in batch[rank() :: world_size()].chunk(accumulate) if len(part)]
+def training_batches(args, clip: Clip, task: data.Task, epoch: int) -> list[tuple[int, Iterator]]:
+    """For each batch of an epoch its size, and an iterator over the parts that this process takes
+    of it, each (images [b, 3, H, W], labels [b], positions [b])."""
+    transform = data.train_transform(clip.preprocess, args.augment)
+    images = data.ImageSet(task.train, transform, args.seed)
+    # The last batch may be smaller, and is kept, as released.
+    shuffled = torch.randperm(len(images), generator=data.generator(args.seed, "order", epoch))
+    whole = shuffled.split(args.batch_size)[: args.max_steps or None]
+    own = [batch[rank() :: world_size()] for batch in whole]  # this process's; may be empty
+    parts = [some.chunk(args.accumulate) if len(some) else () for some in own]
+    # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
+    view = epoch % args.views if args.views else epoch
+    lists = [(part + view * len(images)).tolist() for some in parts for part in some]
+    # One loader for all of these, as it decodes ahead. So the batches are to be used in order.
+    loaded = data.load_images(images, lists, args, f"epoch {epoch + 1}")
+    return [(len(batch), (next(loaded) for _ in some)) for batch, some in zip(whole, parts)]
 
 
 def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> Callable:
@@ -459,45 +423,39 @@ def zero_shot_teacher(args: argparse.Namespace, clip: Clip, task: data.Task) -> 
 
 
 def add_gradients(learner: PromptedClassifier) -> None:
-    """Replace each gradient by the sum over all processes, in one message, not hundreds. A process
-    that had no image of a small batch adds zeros."""
-    if world_size() == 1:
-        return
-    learned = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    flat = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learned]
-    )
+    """Replace each gradient by the sum over all processes, in one message, not hundreds."""
+    learned = [p for p in learner.parameters() if p.requires_grad]
+    # A process that had no image of a small batch adds zeros.
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    for parameter, grad in zip(learned, flat.split([p.numel() for p in learned])):
-        parameter.grad = grad.view_as(parameter)
+    for p, grad in zip(learned, flat.split([p.numel() for p in learned])):
+        p.grad = grad.view_as(p)
 
 
 def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate, sums) -> None:
-    """Write the epoch's line, a checkpoint and, with --select val, the best weights so far. rate:
-    of its last step, as a fraction of the peak. sums: step's, over the epoch."""
+    """Write the epoch's log, a checkpoint and, with --select val, the best weights so far. rate: of
+    its last step, as a fraction of the peak. sums: step's, over the epoch."""
     if world_size() > 1:
         dist.all_reduce(sums)
     if rank() > 0:
         return
     loss, loss_ce, right, w, above = sums[1:] / sums[0]  # means over the epoch's images
-    line = {"lr": args.lr * rate, "loss": loss, "loss_ce": loss_ce, "train_accuracy": 100 * right}
-    line |= {"w_mean": w, "w_above_half": above} if args.loss != "ce" else {}
-    note = {"classnames": task.classnames, "template": task.template}
+    log = {"lr": args.lr * rate, "loss": loss, "loss_ce": loss_ce, "train_accuracy": 100 * right}
+    log |= {"w_mean": w, "w_above_half": above} if args.loss != "ce" else {}
     if args.select == "val" or (args.eval_every and (epoch + 1) % args.eval_every == 0):
         found = tuned_logits(args, clip, learner, task.validation()[0])
-        line["val_accuracy"] = common.evaluate(*found)["accuracy"]
+        log["val_accuracy"] = common.evaluate(*found)["accuracy"]
     if args.select == "val":
         earlier = [past["val_accuracy"] for past in common.read_metrics(out)[:epoch]]
-        if line["val_accuracy"] > max(earlier, default=-1):  # of equals the first
-            common.save_checkpoint(out / "best", learner, epoch=epoch + 1, **note)
-    common.end_epoch(out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs, **note)
+        if log["val_accuracy"] > max(earlier, default=-1):  # of equals the first
+            common.save_checkpoint(out / "best", learner, epoch + 1)
+    common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs)
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
 @torch.no_grad()
-def class_logits(
-    learner: PromptedClassifier, clip: Clip, classnames: list[str], x: Tensor, template: str
-) -> Tensor:
+def class_logits(learner: PromptedClassifier, clip: Clip, classnames: list[str], x, template):
     """Logits [N, C] of features x [N, D] of the tuned encoder: by the learned classifier if it has
     all of the classes, else by their prompts, to see what the encoder has forgotten. Of classes of
     one name the k-th is meant by the k-th mention."""
@@ -527,11 +485,10 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
         }
         found.append({"tuned": tuned, "extra": ensembles})
     for A in args.wise_ft:
-        mixture = mix_weights(clip, learner, A)
+        mixed = mix_weights(clip, learner, A)
         for frozen, row in zip(encoded, found):
-            row["extra"][f"wise-ft {A:g}"] = common.evaluate(
-                *tuned_logits(args, clip, mixture, frozen.test)
-            )
+            logits, labels = tuned_logits(args, clip, mixed, frozen.test)
+            row["extra"][f"wise-ft {A:g}"] = common.evaluate(logits, labels)
     return found
 
 
@@ -552,12 +509,11 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
     config = common.read_run(folder)
     learner = PromptedClassifier(clip, config["classnames"], config["template"], args.head)
     common.load_checkpoint(Path(folder, "best" if args.select == "val" else ""), learner)
-    return learner.eval()
+    return learner
 
 
 def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
-    the test sets, as frozen CLIP sees them; none in processes other than the first."""
+    """Train (or read the run to evaluate), test on `encoded`, write the run folder → its result."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
@@ -574,16 +530,13 @@ def fit(args, clip: Clip, task: data.Task, encoded: list, out: Path, baseline=No
 def check_task(args: argparse.Namespace, task: data.Task) -> None:
     """UserError where the flags do not fit the data, or each other."""
     require(args.loss != "kd" or args.alpha <= 1, "--alpha of --loss kd is a share: 1 at most")
-    if not args.eval:
-        require(world_size() <= min(args.batch_size, len(task.train)), "too small batches to share")
-        if args.select == "val" or args.eval_every:
-            task.validation()  # or UserError: there is none
-        # An epoch's batches start at 0, B, 2 B, ..
-        steps = args.epochs * len(
-            range(0, len(task.train), args.batch_size)[: args.max_steps or None]
-        )
-        if int(steps * args.warmup) == 0 < args.warmup:
-            task.notes.insert(0, f"{steps} steps are too few for --warmup {args.warmup:g}")
+    require(args.eval or world_size() <= min(args.batch_size, len(task.train)), "too small batches")
+    if not args.eval and (args.select == "val" or args.eval_every):
+        task.validation()  # or UserError: there is none
+    batches = range(0, len(task.train), args.batch_size)[: args.max_steps or None]  # their starts
+    steps = args.epochs * len(batches)
+    if not args.eval and int(steps * args.warmup) == 0 < args.warmup:
+        task.notes.insert(0, f"{steps} steps are too few for --warmup {args.warmup:g}")
     trained = common.read_run(args.eval)["classnames"] if args.eval else task.classnames
     tested = {name for test in task.tests for name in data.numbered(test.classnames)}
     require(
@@ -608,10 +561,9 @@ def main(argv: list[str] | None = None) -> dict:
     if rank() == 0:
         against = "fine-tuning and zero-shot" if compare else "zero-shot"
         out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
-        encoded = common.encode_tests(args, clip, task.tests)
     else:  # reads a checkpoint to go on with, if there is one; writes nothing, tests nothing
         out = Path(args.resume or os.devnull)  # os.devnull: no folder, so it holds no checkpoint
-        encoded = []
+    encoded = [common.encode_test(args, clip, test) for test in (task.tests if rank() == 0 else ())]
     baseline = None
     if compare:
         plain = argparse.Namespace(**vars(args) | {"loss": "ce", "alpha": 0.0})

@@ -3,11 +3,10 @@ al., ICCV 2023, arXiv 2210.02390).
 
 The idea. CLIP classifies an image by comparing it with the text features of "a photo of a CLASS.".
 Prompt tuning (CoOp) replaces the words before CLASS by M learned vectors, trained on a few labelled
-images while CLIP stays frozen. With few images the vectors soon fit what is particular to these
-images, and classes that were not trained on get worse. VPT learns a distribution over prompts
-instead of one prompt: a Gaussian over one vector r, the residual, which is added to all M context
-vectors. Prompts from a whole region must then do the job, not one point that happens to fit. A
-prediction is the average over the region, and where its prompts disagree the model is unsure.
+images while CLIP stays frozen. They soon fit what is particular to these images, and other classes
+get worse. VPT learns a distribution over prompts instead of one: a Gaussian over one vector r, the
+residual, which is added to all M context vectors. A whole region of prompts must do the job, not
+one that happens to fit. Predictions are averaged over it; where they disagree the model is unsure.
 
 Equations (numbered by this file: the paper could not be read in full)
     Eq. 1   p(c | x, r) = softmax over c of s cos(f(x), t_c(r))                        prompted CLIP
@@ -24,7 +23,8 @@ Equations (numbered by this file: the paper could not be read in full)
 
     paper        here                              shape        flag
     p, here v    PromptDistribution.context        [M, W]       --ctx-init
-    r            residual                          [L, Q, W]    --residual-scale (u)
+    r            residual                          [L, Q, W]
+    u (ours)     u, 1 on real data, 4 on toy data  a number     --residual-scale
     μ, Σ         mu, logvar of posterior(x)        [Q, W]       --posterior
     L            number of samples                 a number     --samples
     β            kl_weight                         a number     --kl-weight
@@ -33,12 +33,11 @@ Equations (numbered by this file: the paper could not be read in full)
     transformer's width; D entries of a feature, of an image or of a text; L samples of each of Q
     posteriors: Q = 1 with the global one, which all images share; Q = B with an image posterior
 
-Frozen: both encoders of CLIP. Learned: v and q. Why it helps: noise on the prompt keeps v from
-fitting details of the training images. When it does not help: in training too short for CoOp to
-overfit; where one systematic move away from CLIP is needed, which noise blurs; and with one or two
-samples: github.com/jonyhu/bayesian-prompt-learning ran the released global posterior on FGVC
-Aircraft, and found 4 and 11 % of the new classes' images right with L = 1 and 2, 34 % with 5 or 10.
-Uncertainty: E is high for an ambiguous image, MI where the prompts disagree about it.
+Frozen: all of CLIP. Learned: v and q. Why it helps: noise on the prompt keeps v from fitting
+details of the training images. When it does not help: in training too short for CoOp to overfit;
+where one systematic move away from CLIP is needed, which noise blurs; and with one or two samples:
+github.com/jonyhu/bayesian-prompt-learning ran the released global posterior on FGVC Aircraft, and
+found 4 and 11 % of the new classes' images right with L = 1 and 2, 34 % with 5 or 10.
 
 The baseline is --samples 0. Global: r = 0, exactly CoOp with M = 4. Image: r = μ(x), which we call
 CoCoOp-like: CoCoOp adds a network's output to its context, too, but of two layers with ReLU (D,
@@ -47,30 +46,23 @@ D/16, W), not three with ELU (D, D/2, D/2, W).
 PAPER vs CODE: (The paper as others restate it. The code is
 github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff, and is followed; FILE:LINES are its own.)
  1. Bound: the paper maximises the ELBO, a mean of logs; the code the log of the mean likelihood
-    (trainers/vpt.py:277-281), which is never smaller (Jensen's inequality), and so as a loss never
-    larger.
- 2. KL: the paper's is a sum over dimensions with weight 1; the code takes the mean, times 0.001
-    (trainers/vpt.py:283, 297). The paper's is --kl-weight 512 where tokens have W = 512 entries
-    (ViT-B/16, RN50), with --bound elbo.
- 3. The code's std_posterior is a log-variance (trainers/vpt.py:197). That of the global posterior
-    is drawn from Uniform[0, 1] (line 148): σ starts at 1 to 1.65 and hardly moves, as weight decay
-    (on all that is learned, line 343) and the small KL weight pull little. The entries of CLIP's
-    tokens have a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the
-    context, and what is learned is what works in spite of it. --residual-scale u is ours; 1 is the
-    released code. The KL is that of r, before u.
+    (trainers/vpt.py:277-281). As a loss the code's is never larger (Jensen's inequality).
+ 2. KL: in the paper a sum over dimensions, with weight 1; in the code their mean, times 0.001
+    (trainers/vpt.py:283, 297). The paper's is --bound elbo --kl-weight W (ViT-B/16, RN50: 512).
+ 3. The code's std_posterior is a log-variance (trainers/vpt.py:197). The global posterior's is
+    drawn from Uniform[0, 1] (line 148): σ starts at 1 to 1.65 and hardly moves, as weight decay (on
+    all that is learned, line 343) and the small KL weight pull little. The entries of CLIP's tokens
+    have a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the context, and
+    what is learned works in spite of it. Hence our u; the code has u = 1. The KL is of r, before u.
  4. Image posterior: the paper has two layers with two heads, the code two separate networks of
     three layers (trainers/vpt.py:31-37, 48-49), and so do we.
- 5. Batch: the code's image posterior is wrong for more than one image (trainers/vpt.py:214 adds
-    [B, W] to [M, W]), and its batches have 1
-    (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3). So has our default,
-    because the learning rate goes with it. Here batches may be larger: the loss is the mean over
-    their images.
+ 5. Batch: the code's has 1 image (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3); for
+    more its image posterior is wrong (trainers/vpt.py:214 adds [B, W] to [M, W]). Ours is right,
+    and the loss a mean over images; but our default is 1, too, as the learning rate goes with it.
  6. Evaluation noise: the code draws it afresh for each image from the global generator
     (trainers/vpt.py:196), so that a prediction depends on what was drawn before. Here it is drawn
-    once, from the run's seed, and shared by all images: a prediction depends on nothing but the
-    image, class names and the run.
- 7. L and epochs differ by dataset in the code (VPT.md:20-52; --paper takes them); how they were
-    chosen is unknown.
+    once, from the run's seed, for all images: only image, class names and run decide a prediction.
+ 7. L and epochs differ by dataset in the code (VPT.md:20-52, and --paper), for unknown reasons.
  8. Precision: the code trains in fp16 (train.py:103). Here what is learned is always fp32.
 
     python vpt.py                                                     # toy world, toy CLIP
@@ -96,8 +88,7 @@ Tensor = torch.Tensor
 
 def sample_logits(x: Tensor, text: Tensor, scale: float) -> Tensor:
     """Logits of unit image features x [B, D] by sampled prompts (Eq. 1), whose unit text features
-    are text [L, Q, C, D] → [L, B, C]. Q = 1: all B images meet the same prompts. Q = B: image b
-    meets those of its own posterior, text[:, b].
+    are text [L, Q, C, D] → [L, B, C]. Q = 1: all images meet the same prompts; Q = B: each its own.
 
     >>> x = torch.eye(2)  # two images
     >>> sample_logits(x, torch.eye(2)[None, None], scale=10.0)  # L = 1, two classes
@@ -112,11 +103,10 @@ def sample_logits(x: Tensor, text: Tensor, scale: float) -> Tensor:
 
 
 def sample_residual(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-    """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [Q, W], eps [L, Q, W] → r
-    [L, Q, W]. (eps [L, 1, W] serves all Q posteriors alike.)
+    """Draw from q(r) by moving standard noise (Eq. 3). mu, logvar [Q, W], eps [L, Q, W], or
+    [L, 1, W] for all Q posteriors alike → r [L, Q, W].
 
-    WHY so: all randomness is in eps, so that gradients reach mu and logvar. logvar is log σ²,
-    half of it is log σ.
+    WHY so: all randomness is in eps, so that gradients reach mu and logvar = log σ².
 
     >>> sample_residual(torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[[2.0]]]))
     tensor([[[3.]]])
@@ -139,8 +129,7 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def log_mean_prob(logits: Tensor) -> Tensor:
-    """Log of the class probabilities averaged over L samples (Eq. 5). logits [L, B, C] → [B, C],
-    nats.
+    """Log of class probabilities averaged over samples (Eq. 5). logits [L, B, C] → [B, C], nats.
 
     WHY not the mean of logits or of log-probabilities: p(c | x) is an integral over r, and this is
     its estimate.
@@ -157,8 +146,7 @@ def log_mean_prob(logits: Tensor) -> Tensor:
 def task_loss(logits: Tensor, labels: Tensor, bound: str = "log-mean") -> Tensor:
     """How badly the labels are predicted (Eq. 6). logits [L, B, C], labels [B] → scalar, nats.
 
-    WHY it matters: "elbo", the larger loss (Jensen's inequality), asks each sampled prompt to be
-    right, "log-mean" that some are.
+    WHY it matters: "elbo" asks each sampled prompt to be right, "log-mean" that some are.
 
     >>> disagree = torch.tensor([[[50.0, 0.0]], [[0.0, 50.0]]])
     >>> label = torch.tensor([0])
@@ -193,12 +181,11 @@ def uncertainty(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 # 2. MODEL: M vectors before the class name, and a Gaussian over what is added to all of them ------
 class PromptDistribution(torch.nn.Module):
-    """The learned context and q(r). It holds no class: `forward` takes tokenised names, so that a
-    trained distribution reads any classes.
+    """The learned context [M, W] and q(r). It holds no class: `forward` takes tokenised names, so
+    that a trained distribution reads any classes.
 
-    context [M, W]. kind "global": mean, logvar [1, W]; "image": mean_net, logvar_net, D → D/2 → D/2
-    → W with ELU between. u: --residual-scale. eval_noise [L, 1, W]: the samples of evaluation, the
-    same for all images; with L = 0 evaluation uses r = μ alone.
+    kind "global": mean, logvar [1, W]; "image": mean_net, logvar_net. eval_noise [L, 1, W]: the
+    samples of evaluation, the same for all images; with L = 0 evaluation uses r = μ alone.
     """
 
     def __init__(self, clip: Clip, context: Tensor, kind="global", u=1.0, seed=1):
@@ -207,7 +194,8 @@ class PromptDistribution(torch.nn.Module):
         self.kind = kind
         self.u = u
         self.context = torch.nn.Parameter(context.clone())
-        D, W = clip.embed_dim, clip.width
+        D = common.prompt_features(clip, ["a"], "{}").shape[1]
+        W = clip.width
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
             torch.manual_seed(data.draw_seed(seed, "posterior"))
             if kind == "global":
@@ -221,9 +209,7 @@ class PromptDistribution(torch.nn.Module):
         self.to(context)  # its device and dtype
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q(r) for unit image features x [B, D] (Eq. 2) → mu, logvar [Q, W]; Q = 1, one row for all
-        images, or Q = B."""
-        # Eq. 2
+        """Eq. 2: q(r) for unit image features x [B, D] → mu, logvar [Q, W]."""
         if self.kind == "global":
             return self.mean, self.logvar
         return self.mean_net(x), self.logvar_net(x)
@@ -233,9 +219,8 @@ class PromptDistribution(torch.nn.Module):
         [L, Q, C, D], unnormalised."""
         L, Q, _ = residual.shape
         contexts = self.context + self.u * residual[:, :, None]  # [L, Q, M, W]
-        contexts = contexts.flatten(0, 1)  # [L·Q, M, W]
         start = common.start_of_text(self.clip).expand(L * Q, -1, -1)
-        prefix = torch.cat([start, contexts], dim=1)  # [L·Q, 1 + M, W]
+        prefix = torch.cat([start, contexts.flatten(0, 1)], dim=1)  # [L·Q, 1 + M, W]
         # WHY gradients=True in evaluation, too: one precision, that of training.
         with common.autocast(self.clip, gradients=True):
             features = common.encode_prompts(self.clip, prefix, names)  # [L·Q, C, D]
@@ -243,7 +228,7 @@ class PromptDistribution(torch.nn.Module):
 
 
 def three_layers(D: int, W: int) -> torch.nn.Sequential:
-    """One network of the image posterior, [B, D] → [B, W]."""
+    """A network of the image posterior, [B, D] → [B, W]."""
     layers = [torch.nn.Linear(D, D // 2), torch.nn.ELU(), torch.nn.Linear(D // 2, D // 2)]
     return torch.nn.Sequential(*layers, torch.nn.ELU(), torch.nn.Linear(D // 2, W))
 
@@ -255,8 +240,7 @@ def initial_context(clip: Clip, words: str) -> Tensor:
 
 
 def new_learner(args: argparse.Namespace, clip: Clip, context: Tensor) -> PromptDistribution:
-    """The module as these settings describe it, before training. --samples 0 learns v and, with the
-    image posterior, μ(x)."""
+    """The module before training. --samples 0 learns v and, with the image posterior, μ(x)."""
     learner = PromptDistribution(clip, context, args.posterior, args.residual_scale, args.seed)
     learner.eval_noise = noise(clip, args.seed, args.samples, [("evaluation",)])
     if args.samples == 0:  # global: r stays 0, which is CoOp; image: the spread is never used
@@ -268,17 +252,15 @@ def new_learner(args: argparse.Namespace, clip: Clip, context: Tensor) -> Prompt
 def noise(clip: Clip, seed: int, L: int, columns: list[tuple]) -> Tensor:
     """ε [L, Q, W]. columns[i] says what ε[:, i] is for: ("evaluation",), (epoch, step) or (epoch,
     image). With the seed it decides this draw, whatever else is drawn beside it."""
-    draws = []
-    for purpose in columns:
-        generator = data.generator(seed, "noise", *purpose)
-        draws.append(torch.randn(L, clip.width, generator=generator))
+    generators = [data.generator(seed, "noise", *purpose) for purpose in columns]
+    draws = [torch.randn(L, clip.width, generator=generator) for generator in generators]
     start = common.start_of_text(clip)
     return torch.stack(draws, dim=1).to(start.device, start.dtype, non_blocking=True)
 
 
 def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Tensor:
-    """ε [L, Q, W] of one step. Global: Q = 1, shared by the batch. Image: Q = B, a draw for each.
-    batch [B]: positions of the images, on the CPU."""
+    """ε [L, Q, W] of one step: one draw that all images share, or one for each, by its position in
+    the data. batch [B]: these positions, on the CPU."""
     if args.posterior == "global":
         return noise(clip, args.seed, args.samples, [(epoch, step)])
     return noise(clip, args.seed, args.samples, [(epoch, i) for i in batch.tolist()])
@@ -288,15 +270,15 @@ def training_noise(args, clip: Clip, epoch: int, step: int, batch: Tensor) -> Te
 # fmt: off
 SETTINGS = {"posterior": "global", "samples": 10, "kl_weight": 0.001, "bound": "log-mean",
             "ctx_init": "a photo of a", "batch_size": 1, "momentum": 0.9, "weight_decay": 5e-4}
-# On toy data: base to new classes, 4 shots. The paper's rate is 0.002 at CLIP's logit scale of 100,
-# which is 0.01 at toyclip's of 21; twice that here, for half as many steps or fewer. With u = 4 the
-# noise is 20 to 30 times the entries of toyclip's tokens (the paper's: 50 to 80 times CLIP's).
+# Base to new, 4 shots. The paper's rate is 0.002 at CLIP's logit scale of 100, which is 0.01 at
+# toyclip's of 21; twice that here, for half as many steps or fewer. With u = 4 the noise is 20 to
+# 30 times the entries of toyclip's tokens (as released: 50 to 80 times CLIP's).
 TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip", "classes": "base",
                   "shots": 4, "lr": 0.02, "epochs": 40, "residual_scale": 4.0, "augment": "none",
                   "views": 1, "compare": True}
-PAPER = SETTINGS | {"model": "ViT-B-16", "pretrained": "openai", "classes": "all", "lr": 0.002,
-                    "epochs": 10, "residual_scale": 1.0, "augment": "crop", "views": 0,
-                    "compare": False}
+REAL = SETTINGS | {"model": "ViT-B-16", "pretrained": "openai", "classes": "all", "lr": 0.002,
+                   "epochs": 10, "residual_scale": 1.0, "augment": "crop", "views": 0,
+                   "compare": False}
 EXCEPTIONS = {  # dataset: (L, epochs), see PAPER vs CODE 7
     "imagenet": (10, 10), "caltech101": (20, 20), "oxford_pets": (40, 20), "dtd": (40, 10),
     "stanford_cars": (20, 40), "oxford_flowers": (10, 40), "food101": (20, 20), "ucf101": (5, 20),
@@ -306,11 +288,10 @@ DETERMINISTIC = {"global": "CoOp", "image": "CoCoOp-like"}  # what --samples 0 i
 
 
 def defaults(run: dict) -> dict:
-    """The settings of a run where no flag says otherwise. run: those that are known, by flags or an
-    earlier run; "dataset" at least."""
-    if run["dataset"].startswith("toy_"):
+    """The settings where no flag says otherwise. run: those that are known."""
+    if run.get("dataset", "toy_").startswith("toy_"):
         return TOY
-    settings = dict(PAPER)
+    settings = dict(REAL)
     if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
         settings["views"] = 10
     if run.get("paper") and run["dataset"] in EXCEPTIONS:
@@ -335,9 +316,7 @@ def build_parser() -> data.Parser:
 
 
 # 4. TRAIN -----------------------------------------------------------------------------------------
-def step(
-    learner: PromptDistribution, names: Names, eps: Tensor, x: Tensor, labels: Tensor, args
-) -> Tensor:
+def step(learner: PromptDistribution, names: Names, eps: Tensor, x: Tensor, labels, args) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], noise eps [L, Q, W] → [loss, L_task, KL,
     mean of σ]. Sets the gradients of v and q."""
     # Eq. 2, Eq. 3: L residuals of each posterior; without samples the mean is the one residual
@@ -357,79 +336,67 @@ def step(
     return torch.stack([loss, loss_task, kl, sigma]).detach()
 
 
-def train(
-    args: argparse.Namespace, clip: Clip, task: data.Task, views, out: Path
-) -> PromptDistribution:
-    """Tune v and q. views(epoch) → unit image features [N, D], labels [N]. Goes on from the
-    checkpoint in `out`, if there is one."""
+def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribution:
+    """Tune v and q. views(epoch) → unit image features [N, D], labels [N]."""
     context = initial_context(clip, args.ctx_init)
     names = common.name_tokens(clip, task.classnames, len(context))
     learner = new_learner(args, clip, context)
-    validation = common.encode_tests(args, clip, task.validation()) if args.eval_every else []
+    tests = task.validation() if args.eval_every else []
+    validation = [common.encode_test(args, clip, test) for test in tests]
     # What --samples 0 does not learn gets no gradient, and SGD passes over it, decay included.
     optimizer = torch.optim.SGD(
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    first = common.resume(out, learner, optimizer)  # 0, or the epoch to go on with
-    for epoch, (x, labels) in common.epochs(args, first, views, out.name):  # [N, D], [N]
+    first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
+    for epoch in common.progress(range(first, args.epochs), out.name):
+        x, labels = views(epoch)  # [N, D], [N]
+        # Eq. 7: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)
         optimizer.param_groups[0]["lr"] = lr
-        batches = data.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps)
         seen = []
-        for i, batch in enumerate(batches):
-            eps = training_noise(args, clip, epoch, i, batch)
+        for batch in data.batches(len(labels), args.batch_size, args.seed, epoch, args.max_steps):
+            eps = training_noise(args, clip, epoch, len(seen), batch)
             batch = batch.to(x.device, non_blocking=True)
             seen.append(step(learner, names, eps, x[batch], labels[batch], args))
-            # Eq. 7
+            # Eq. 7: v, q <- SGD
             optimizer.step()
         loss, loss_task, kl, sigma = torch.stack(seen).mean(dim=0)
-        line = {"lr": lr, "loss": loss, "loss_task": loss_task}
-        if args.samples:
-            line |= {"kl": kl, "sigma": sigma}
+        log = {"lr": lr, "loss": loss, "loss_task": loss_task}
+        log |= {"kl": kl, "sigma": sigma} if args.samples else {}
         if args.eval_every and (epoch + 1) % args.eval_every == 0:
             logits = class_logits(learner, clip, task.classnames, validation[0].x)
-            line["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
-        common.end_epoch(
-            out, epoch, learner, optimizer, line, last=epoch + 1 == args.epochs,
-            classnames=task.classnames, template=task.template,
-        )  # fmt: skip
+            log["val_accuracy"] = common.evaluate(logits, validation[0].labels)["accuracy"]
+        common.end_epoch(out, epoch, learner, optimizer, log, last=epoch + 1 == args.epochs)
     return learner
 
 
 # 5. EVALUATE --------------------------------------------------------------------------------------
-# tools/ call class_logits and read_learner of each method file alike: `template` is for proreg.py,
-# read_learner's `args` for both others.
 @torch.no_grad()
-def predict(
-    learner: PromptDistribution, clip: Clip, classnames: list[str], x: Tensor
-) -> dict[str, Tensor]:
+def predict(learner: PromptDistribution, clip: Clip, classnames: list[str], x: Tensor) -> dict:
     """Predictions for unit image features x [N, D] among any class names, in bounded memory.
 
     Log-probabilities [N, C]: "tuned", averaged over the samples learner.eval_noise, and
     "mean_residual", by the one prompt of r = μ. [N]: "entropy" and "mutual_information" (Eq. 8).
     """
     names = common.name_tokens(clip, classnames, len(learner.context))
-    n_prompts = 1 + len(learner.eval_noise)
 
     def text_features(x: Tensor) -> Tensor:
-        """[1 + L, Q, C, D], unit; row 0 is the mean residual's. WHY one noise for all images: then
-        the prediction for an image is the same alone, in a batch and in any test set."""
+        """[1 + L, Q, C, D], unit; first that of r = μ. One noise for all: see PAPER vs CODE 6."""
         mu, logvar = learner.posterior(x)
         residual = torch.cat([mu[None], sample_residual(mu, logvar, learner.eval_noise)])
         return F.normalize(learner(names, residual), dim=-1)
 
-    # Images go in chunks that take a quarter of the memory, beside the text encoder's.
-    logits_each = n_prompts * len(classnames)  # of one image
-    floats = 6 * logits_each  # at most six arrays of them at a time
-    if learner.kind == "image":
-        floats += 3 * logits_each * clip.embed_dim  # and three of an image's own text features
-    chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (floats * x.element_size())))
+    # Images go in chunks that take a quarter of the memory, beside the text encoder's: at most six
+    # arrays of logits, and three of an image's own text features, are alive at a time.
+    numbers = 6 if learner.kind == "global" else 6 + 3 * x.shape[1]
+    numbers *= (1 + len(learner.eval_noise)) * len(classnames)  # of one image
+    chunk = max(1, int(clip.memory_gb * 1e9 / 4 / (numbers * x.element_size())))
     shared = text_features(x[:1]) if learner.kind == "global" else None
     parts = []
     for part in common.progress(x.split(chunk), "evaluate"):
         text = text_features(part) if shared is None else shared
         logits = sample_logits(part, text, clip.scale)  # [1 + L, B, C]
-        samples = logits[1:] if n_prompts > 1 else logits
+        samples = logits[1:] if len(logits) > 1 else logits
         entropy, disagreement = uncertainty(samples)
         parts.append({
             "tuned": log_mean_prob(samples), "mean_residual": logits[0].log_softmax(dim=-1),
@@ -438,9 +405,9 @@ def predict(
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
+# tools/ call these two of each method file alike: `template` and `args` are for the other methods.
 def class_logits(learner: PromptDistribution, clip: Clip, classnames: list[str], x, template=""):
-    """Log-probabilities [N, C] of unit image features x [N, D] among any class names; they serve as
-    logits."""
+    """Log-probabilities [N, C] of unit image features x [N, D]; they serve as logits."""
     return predict(learner, clip, classnames, x)["tuned"]
 
 
@@ -454,8 +421,7 @@ def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> Pr
 
 
 def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=None) -> dict:
-    """Train (or read the run to evaluate), test once, write the run folder → its result. encoded:
-    the test sets, as frozen CLIP sees them."""
+    """Train (or read the run to evaluate), test on `encoded`, write the run folder → its result."""
     if (out / "result.json").exists():  # a resumed run, or its baseline, that is finished
         return common.read_json(out / "result.json")
     start = time.time()
@@ -468,9 +434,8 @@ def fit(args, clip: Clip, task: data.Task, views, encoded, out: Path, baseline=N
         if args.samples:
             row["extra"] = {"mean_residual": common.evaluate(row["mean_residual"], frozen.labels)}
         found.append(row)
-    return common.write_result(
-        out, method_name(args), args, clip, task, encoded, found, start, baseline
-    )
+    name = method_name(args)
+    return common.write_result(out, name, args, clip, task, encoded, found, start, baseline)
 
 
 # 6. MAIN ------------------------------------------------------------------------------------------
@@ -491,7 +456,7 @@ def main(argv: list[str] | None = None) -> dict:
     against = f"{DETERMINISTIC[args.posterior]} and zero-shot" if compare else "zero-shot"
     out = common.open_run(args, task, clip, f"{method_name(args)} against {against}")
     views = common.training_views(args, clip, task.train)
-    encoded = common.encode_tests(args, clip, task.tests)
+    encoded = [common.encode_test(args, clip, test) for test in task.tests]
     baseline = None
     if compare:  # deterministic, from the same start on the same batches
         plain = argparse.Namespace(**vars(args) | {"samples": 0})

@@ -35,14 +35,13 @@ def deviation(ours, recorded, absolute: bool = False) -> float:
 
 
 class Recording:
-    """One file. recording[key] → an input: a tensor (floats as float64) or a JSON value (of a list
-    the key is ""). `compare`, `compare_rows` and `exact` note how far ours is off, where there is
-    such a key: not every case has every one. Reading a key is not comparing it."""
+    """One file. recording[key] → a tensor (floats as float64) or a JSON value (of a list the key is
+    ""). `compare` and `compare_rows` note how far ours is off, where there is such a key: not every
+    case has every one."""
 
     def __init__(self, path: Path):
         self.name = path.name
         self.read = set()
-        self.compared = set()
         self.off = {}  # {what: relative deviation}
         if path.suffix == ".npz":
             with np.load(path) as file:
@@ -65,35 +64,23 @@ class Recording:
 
     def compare(self, key: str, ours, note: str = "", absolute: bool = False) -> None:
         if key in self.values:
-            self.compared.add(key)
             self.off[key + note] = deviation(ours, self[key], absolute)
 
     def compare_rows(self, key: str, ours, since=None) -> None:
         """Each entry of the first axis by itself, so that none hides behind the others; and its
-        change, `since` the start (where little has changed, the last bit may show beside it)."""
+        change, `since` the start (where little has changed, the last bit may show beside it). Of
+        some parameters the last entry alone is recorded."""
         if key not in self.values:
             return
-        self.compared.add(key)
-        for i, (mine, recorded) in enumerate(zip(ours, self[key], strict=True)):
-            self.off[f"{key}[{i}]"] = deviation(mine, recorded)
+        recorded = self[key]
+        if since is not None and recorded.dim() == since.dim():
+            recorded, ours = recorded[None], ours[-1:]
+        for i, (mine, theirs) in enumerate(zip(ours, recorded, strict=True)):
+            self.off[f"{key}[{i}]"] = deviation(mine, theirs)
             if since is not None:
-                last_bit = 2**-52 * recorded.norm().item() / (recorded - since).norm().item()
-                off = deviation(mine - since, recorded - since) - last_bit
+                last_bit = 2**-52 * theirs.norm().item() / (theirs - since).norm().item()
+                off = deviation(mine - since, theirs - since) - last_bit
                 self.off[f"{key}[{i}] change"] = off
-
-    def exact(self, key: str, equal: bool) -> None:
-        if key in self.values:
-            self.compared.add(key)
-            self.off[key] = 0.0 if equal else math.inf
-
-    def unused(self, inputs: list[str], skip: list[str]) -> list[str]:
-        """Keys neither compared, nor one of the inputs and read, nor to be skipped."""
-
-        def named(key: str, patterns: list[str]) -> bool:
-            return any(fnmatch(f"{self.name}:{key}", pattern) for pattern in patterns)
-
-        left = [key for key in self.values if key not in self.compared and not named(key, skip)]
-        return [key for key in left if key not in self.read or not named(key, inputs)]
 
 
 class GoldenWorld:
@@ -105,8 +92,10 @@ class GoldenWorld:
     def recording(self, name: str) -> Recording:
         return Recording(self.folder / name)
 
-    def names(self, pattern: str = "[!.]*") -> list[str]:
-        return sorted(path.name for path in self.folder.glob(pattern))
+    def names(self, pattern: str = "*") -> list[str]:
+        """The files that fit, but for the text about them."""
+        found = sorted(path.name for path in self.folder.glob(pattern))
+        return [name for name in found if not name.endswith(".md")]
 
     @functools.cached_property
     def classnames(self) -> list[str]:

@@ -19,9 +19,8 @@ def image(path: Path, size=(24, 16), **options) -> None:
     """A new image file, unlike the others in colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shade = next(shades)
-    Image.new("RGB", size, (shade * 37 % 256, shade * 101 % 256, shade * 11 % 256)).save(
-        path, **options
-    )
+    color = (shade * 37 % 256, shade * 101 % 256, shade * 11 % 256)
+    Image.new("RGB", size, color).save(path, **options)
 
 
 def images(folder: Path, n=N, name="{}.jpg") -> list[str]:
@@ -59,16 +58,10 @@ def caltech101(root: Path, split=True, home="caltech-101") -> None:
     folders = ["BACKGROUND_Google", "Faces", "Faces_easy", "Leopards", "accordion", "airplanes"]
     rows = class_folders(root / home / "101_ObjectCategories", folders, "image_{:04}.jpg")
     if split:
-        kept = {
-            "face": "Faces",
-            "leopard": "Leopards",
-            "accordion": "accordion",
-            "airplane": "airplanes",
-        }
-        split_file(
-            root / home / "split_zhou_Caltech101.json",
-            {name: rows[folder] for name, folder in kept.items()},
-        )
+        kept = {"face": "Faces", "leopard": "Leopards"}
+        kept |= {"accordion": "accordion", "airplane": "airplanes"}
+        named = {name: rows[folder] for name, folder in kept.items()}
+        split_file(root / home / "split_zhou_Caltech101.json", named)
 
 
 def oxford_pets(root: Path, split=True, home="oxford_pets") -> None:
@@ -120,11 +113,9 @@ def sun397(root: Path, split=True, home="sun397") -> None:
     for folder in folders:
         images(root / home / "SUN397" / folder, name="sun_{}.jpg")
     if split:
-        names = ["abbey", "indoor apse", "shop bakery"]
-        rows = {
-            name: [f"{folder}/sun_{i}.jpg" for i in range(N)]
-            for name, folder in zip(names, folders)
-        }
+        rows = {}
+        for name, folder in zip(["abbey", "indoor apse", "shop bakery"], folders):
+            rows[name] = [f"{folder}/sun_{i}.jpg" for i in range(N)]
         split_file(root / home / "split_zhou_SUN397.json", rows)
 
 
@@ -164,10 +155,9 @@ def imagenet(root: Path) -> None:
 
 def imagenet_variants(root: Path) -> None:
     """-V2 and -Sketch with imagenet's classnames.txt, -A and -R without."""
+    v2 = root / "imagenetv2/imagenetv2-matched-frequency-format-val"
     for label in range(len(WNIDS)):
-        images(
-            root / "imagenetv2/imagenetv2-matched-frequency-format-val" / str(label), 2, "{}.jpeg"
-        )
+        images(v2 / str(label), 2, "{}.jpeg")
     for wnid in WNIDS:
         images(root / "imagenet-sketch/images" / wnid, 2, "sketch_{}.JPEG")
     for wnid in list(WNIDS)[1:]:
@@ -222,19 +212,8 @@ def folder(root: Path, parts=("train", "val", "test"), classes=("cat", "dog", "g
             images(root / part / name, name=f"{part} {{}}.jpg")
 
 
-MAKERS = [
-    caltech101,
-    oxford_pets,
-    stanford_cars,
-    oxford_flowers,
-    food101,
-    fgvc_aircraft,
-    sun397,
-    dtd,
-    eurosat,
-    ucf101,
-]
-MAKERS += [imagenet, imagenet_variants, bar, nico, pacs, domainnet]
+MAKERS = [caltech101, oxford_pets, stanford_cars, oxford_flowers, food101, fgvc_aircraft, sun397]
+MAKERS += [dtd, eurosat, ucf101, imagenet, imagenet_variants, bar, nico, pacs, domainnet]
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

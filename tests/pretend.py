@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 META = torch.device("meta")
 NUMBERS = ("_local_scalar_dense", "equal", "is_nonzero")  # what they return is no tensor
@@ -28,8 +29,9 @@ def operate(_, function, types, args=(), kwargs=None):
     """Any operation: the CPU's on what the tensors hold, if a GPU would do it, too."""
     if function is torch.ops.prim.device.default:
         return META if isinstance(args[0], OnCuda) else args[0].device
-    name, kwargs, tensors = function._schema.name.split("::")[1], dict(kwargs or {}), []
-    each(tensors.append, [args, kwargs])
+    name = function._schema.name.split("::")[1]
+    kwargs = dict(kwargs or {})
+    tensors = [x for x in tree_leaves([args, kwargs]) if isinstance(x, torch.Tensor)]
     there = [t for t in tensors if isinstance(t, OnCuda)]
     here = [t for t in tensors if not isinstance(t, OnCuda)]
     assert all(t.device.type == "cpu" for t in here), f"{function} of a tensor that holds nothing"
@@ -52,20 +54,14 @@ def operate(_, function, types, args=(), kwargs=None):
             here = [t for t in here if t.is_floating_point()]
         if here and not name.startswith(("_fused_", "_foreach_")):  # an optimiser's count of steps
             raise RuntimeError(f"Expected all tensors to be on the same device: {function}")
-    args, kwargs = each(lambda t: t.held if isinstance(t, OnCuda) else t, [args, kwargs])
+    args, kwargs = tree_map_only(OnCuda, lambda t: t.held, [args, kwargs])
     result = function(*args, **kwargs)
+    if not goes_there or name in NUMBERS:
+        return result
     given = {id(t.held): t for t in there}  # an operation in place returns what it was given
-    new = lambda t: given[id(t)] if id(t) in given else OnCuda(t)  # noqa: E731
-    return each(new, result) if goes_there and name not in NUMBERS else result
-
-
-def each(change, value):
-    """`value` with every tensor in it changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)(each(change, v) for v in value)
-    return {k: each(change, v) for k, v in value.items()} if isinstance(value, dict) else value
+    return tree_map_only(
+        torch.Tensor, lambda t: given[id(t)] if id(t) in given else OnCuda(t), result
+    )
 
 
 def count(what: str) -> None:

@@ -1,19 +1,16 @@
 """On a GPU: python -m pytest -m gpu. With GPU_TEST_DEVICE=cpu the tests themselves are tried."""
 
-import json
 import os
-from pathlib import Path
+from unittest import mock
 
 import pytest
-import safetensors.torch
 import test_methods
-import test_runs
 import torch
 import torch.nn.functional as F
-from conftest import tiny_clip
+from conftest import checkpoint, each_script, interrupted, read, run, tiny_clip
+from test_runs import SHORT
 
 import common
-import data
 import prograd
 
 DEVICE = os.environ.get("GPU_TEST_DEVICE", "cuda")
@@ -55,71 +52,58 @@ def test_equals_the_cpu(precision, near, memory_gb):
         assert (ours - theirs).norm() <= near * theirs.norm()
 
 
-@pytest.mark.parametrize("name", test_runs.SCRIPTS)
+@each_script
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_epoch(name, precision):
-    flags = ["--epochs", "1", "--precision", precision, "--out-dir", "here", *ON]
-    result = test_runs.run(name, *flags)
+def test_one_epoch(script, precision):
+    flags = ["--epochs", "1", "--compare", "--precision", precision, "--out-dir", "here", *ON]
+    result = run(script, *SHORT[script], *flags)
     assert result["settings"]["precision"] == precision
     assert all(50 < test["tuned"]["accuracy"] <= 100 for test in result["tests"])
-    learned = safetensors.torch.load_file("here/checkpoint.safetensors")
-    assert all(value.isfinite().all() for value in learned.values() if value.is_floating_point())
+    learned = checkpoint("here").values()
+    assert all(value.isfinite().all() for value in learned if value.is_floating_point())
 
 
-@pytest.mark.parametrize("name", test_runs.SCRIPTS)
-def test_stopped_and_resumed(name, monkeypatch):
-    whole = test_runs.run(name, "--out-dir", "whole", "--no-compare", *ON)
-    kept = common.save_checkpoint
-
-    def stop(out, *args, **note):
-        kept(out, *args, **note)
-        if note["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(common, "save_checkpoint", stop)
-    with pytest.raises(KeyboardInterrupt):
-        test_runs.run(name, "--resume", "stopped", "--no-compare", *ON)
-    monkeypatch.setattr(common, "save_checkpoint", kept)
-    again = test_runs.run(name, "--resume", "stopped")
+@each_script
+def test_stopped_and_resumed(script):
+    flags = [*SHORT[script], "--no-compare", *ON]
+    whole = run(script, *flags, "--out-dir", "whole")
+    with interrupted(epoch=2):
+        run(script, *flags, "--resume", "stopped")
+    again = run(script, "--resume", "stopped", *ON)
     for ours, theirs in zip(again["tests"], whole["tests"]):
         assert ours["tuned"]["accuracy"] == pytest.approx(theirs["tuned"]["accuracy"], abs=0.3)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU is never waited for")
-@pytest.mark.parametrize("name", test_runs.SCRIPTS)
-def test_an_epoch_waits_for_nothing(name, monkeypatch):
+@each_script
+def test_an_epoch_waits_for_nothing(script):
     """From the second step of an epoch (the first encodes images) to its end."""
-    module = test_runs.SCRIPTS[name]
-    kept_step, kept_end = module.step, common.end_epoch
-    calls = []
+    modes = []
 
-    def step(*args, **kwargs):
-        calls.append(0)
-        torch.cuda.set_sync_debug_mode("error" if len(calls) > 1 else "default")
-        return kept_step(*args, **kwargs)
+    def step(*args, kept=script.step):
+        modes.append("error" if modes else "default")
+        torch.cuda.set_sync_debug_mode(modes[-1])
+        return kept(*args)
 
-    def end_epoch(*args, **kwargs):
+    def end_epoch(*args, kept=common.end_epoch, **note):
         torch.cuda.set_sync_debug_mode("default")
-        return kept_end(*args, **kwargs)
+        return kept(*args, **note)
 
-    monkeypatch.setattr(module, "step", step)
-    monkeypatch.setattr(common, "end_epoch", end_epoch)
+    flags = ["--epochs", "1", "--batch-size", "4", "--no-compare", *ON, "--out-dir", "here"]
     try:
-        flags = ["--epochs", "1", "--batch-size", "4", "--no-compare", *ON]
-        test_runs.run(name, *flags, "--out-dir", "here")
+        with (
+            mock.patch.object(script, "step", step),
+            mock.patch.object(common, "end_epoch", end_epoch),
+        ):
+            run(script, *SHORT[script], *flags)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(calls) > 2
+    assert len(modes) > 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus():
-    done = test_methods.torchrun("--lr", "1e-4", "--device", "cuda", "--out-dir", "two")
+    flags = ["--lr", "1e-4", "--device", "cuda", "--out-dir", "two"]
+    done = test_methods.torchrun(*test_methods.FINE, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(Path("two/result.json").read_text())["tests"]
-
-
-def test_too_many_gpus_are_refused():
-    wanted = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(data.UserError, match="--device"):
-        test_runs.run("prograd", "--device", wanted)
+    assert read("two")["tests"]

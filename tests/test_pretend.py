@@ -12,18 +12,15 @@ import numpy as np
 import pretend
 import pytest
 import torch
+from conftest import REPO, SCRIPTS, interrupted
 
 import common
 import data
-import prograd
-import proreg
-import vpt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(REPO / "tools"))
 import use  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:(for .* meta|Converting a)")  # copied all the same
-SCRIPTS = {"prograd": prograd, "vpt": vpt, "proreg": proreg}
 SHORT = "--epochs 2 --shots 8 --batch-size 4 --workers 0 --cache-dir none --precision fp32"
 CASES = [
     "prograd --compare --augment crop --views 2 --eval-every 1",
@@ -37,7 +34,7 @@ CASES = [
 ]
 MUTANTS = [  # what fails on a GPU, or makes it wait in every step; "file.function", right, wrong
     ("vpt.noise", "to(start.device, start.dtype, ", "to(start.dtype, "),
-    ("common.pack", ", before).to(table)", ", before)"),
+    ("common.pack", "mask=mask.to(table)", "mask=mask"),
     ("prograd.train", "batch.to(x.device, non_blocking=True)", "batch"),
     ("vpt.train", "batch.to(x.device, non_blocking=True)", "batch.to(x.device)"),
     ("prograd.step", "return torch.stack", "loss_ce.item(); return torch.stack"),
@@ -91,19 +88,11 @@ def test_a_run(case):
 
 
 @pytest.mark.parametrize("case", ["prograd", "vpt --samples 2", "proreg --train head"])
-def test_what_follows_a_run(case, monkeypatch, capsys):
+def test_what_follows_a_run(case, capsys):
     """--resume, --eval, and each action of tools/use.py."""
     case += " --no-compare"
     run(case, "--out-dir cpu")
-    end = common.end_epoch
-
-    def stop_in_the_second(out, epoch, *rest, **note):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        end(out, epoch, *rest, **note)
-
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        patch.setattr(common, "end_epoch", stop_in_the_second)
+    with interrupted(epoch=2, saved=False):
         run(case, "--out-dir cuda", "cuda")
     run(case, "--resume cuda", "cuda")
     same_figures("cpu", "cuda")
