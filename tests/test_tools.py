@@ -123,11 +123,16 @@ def test_an_exported_classifier_runs_elsewhere(name, runs, odd_photos, tmp_path)
 
 def test_exports(runs):
     """Of VPT's samples; a classify.py of your own stays."""
+    export = ["export", str(runs / "vpt"), "vpt.safetensors"]
     Path("classify.py").write_text("mine")
-    use.main(["export", str(runs / "vpt"), "vpt.safetensors"])
+    with pytest.raises(data.UserError, match="classify.py is another program"):
+        use.main(export)
+    assert Path("classify.py").read_text() == "mine" and not Path("vpt.safetensors").exists()
+    Path("classify.py").unlink()
+    for _ in range(2):  # over an earlier export
+        use.main(export)
     exported = safetensors.torch.load_file("vpt.safetensors")
     assert exported["classifier"].shape == (3, 12, 64)
-    assert Path("classify.py").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["prograd", "proreg"])
@@ -187,6 +192,7 @@ def test_mistakes(runs, capsys):
          "bare.py must define read_learner(folder, args, clip)"),
         (["predict", run, "x.png"], "x.png: [Errno 2] No such file"),
         (["predict", run], "predict needs images"),
+        (["predict", run, photo, "--top", "0"], "--top K: 1 or more are needed"),
         (["predict", run, photo, "--classes", "a"], "two names or more"),
         (["predict", run, photo, "--classes", "a_b", "A b"], "each of them once"),
         (["predict", str(runs / "csc"), photo, "--classes", "a", "b"], "their own classes"),

@@ -182,10 +182,11 @@ def export(run: Run, args: argparse.Namespace) -> None:
     }
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     path = Path(args.paths[0])
+    program, ours = path.with_name("classify.py"), Path(__file__).with_name("classify.py")
+    other = program.exists() and program.read_bytes() != ours.read_bytes()
+    require(not other, f"{program} is another program or version: export to another folder")
     data.write(path, safetensors.torch.save(tensors, note))
-    program = path.with_name("classify.py")
-    if not program.exists():  # one of yours is not replaced
-        data.write(program, Path(__file__).with_name("classify.py").read_bytes())
+    data.write(program, ours.read_bytes())
     print(f"written to {path}; try next: python {program} {path} IMAGE")
 
 
@@ -238,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="[cpu]")
     args = parser.parse_intermixed_args(argv)
     require(args.action != "predict" or args.paths, "predict needs images or folders of images")
+    require(args.top > 0, "--top K: 1 or more are needed")
     action = {"predict": predict, "export": export, "words": words}[args.action]
     action(Run(args.run, args), args)
 
