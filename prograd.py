@@ -35,24 +35,24 @@ batch, and before momentum and weight decay). When it does not help: where zero-
 in a systematic way (a new kind of image), learning has to move away; hence λ < 1 with many shots.
 
 PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/Prompt-align at
-1b76203, and is followed; FILE:LINES are below its folder ProGrad.public/.)
+1b76203, and is followed but for what is said; FILE:LINES are below its folder ProGrad.public/.)
  1. λ: the paper has 1, and 0.8 at 16 shots. The code's README.md:52, which --paper follows, has 0.8
     at 8 and 16 shots on Flowers102, DTD and EuroSAT, and else 1.
  2. Context length: the paper has M = 16 for few-shot, 4 for its other protocols; the code has 16
     everywhere (README.md:54-58, scripts/base2new_train_prograd.sh:12).
- 3. Start: the code puts the template's words into the last of the M slots and zero vectors before
+ 3. Start: the code puts the template's words into the last slots of the M, zero vectors before
     (trainers/prograd.py:90-93). Its CoOp starts at random (train.py:97, trainers/coop.py:100-109),
     and so differs in more than the method. Here --init sets the start of both.
  4. The code counts the template's words (trainers/prograd.py:82), we its tokens. "a type of pet, a
     photo of a" is 8 words and 9 tokens: the code learns 8 and leaves the last, "a", before the
     class name as an ordinary token; here all 9 are context.
  5. L_kl: KL(p_zs | p) in the paper, the cross-entropy of Eq. 3 in the code
-    (trainers/prograd.py:288-291). At one T its gradient is T² times as long, which Eq. 5 does not
-    notice; --rule add and the logged loss do.
+    (trainers/prograd.py:288-291). For any given T the code's gradient is T² times as long: Eq. 5
+    does not notice; --rule add and the logged loss do.
  6. The code projects each parameter tensor by itself, where the cosine is below 0
     (../Dassl.ProGrad.pytorch/dassl/engine/trainer.py:335-345). There is one, the context. With
     --csc the code's starts at random (trainers/prograd.py:97-104), ours at the template.
- 7. Precision: fp16 in the code (train.py:98) for context, gradients and projection; fp32 here.
+ 7. Precision: fp16 in the code (train.py:98); here context, gradients and projection are fp32.
  8. The paper's ProGrad++ has no released code. Here --teacher ensemble averages the unit text
     features of OpenAI's 80 templates for ImageNet (toyclip: of its captions' templates).
 
@@ -83,9 +83,9 @@ def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
     """Remove from g_d the component that conflicts with g_g (Eq. 5); where g_g is 0, nothing. Both
     are of one shape, any; the inner product is over the whole tensor.
 
-    If g_g is tiny, its direction counts all the same. In the first step from a context that equals
-    the teacher's prompt p = p_zs, so that g_g should be 0 and is rounding noise below 1e-8. The
-    first epoch's rate of 1e-5 keeps that step small.
+    If g_g is tiny, its direction counts all the same. Where the context starts as exactly the
+    teacher's prompt, p = p_zs in the first step: g_g should be 0, and is rounding noise below 1e-8.
+    The first epoch's rate of 1e-5 keeps that step small.
 
     WHY several workers must average g_d and g_g first, then project: the projection is not linear,
     and a mean of projected gradients can conflict with the mean g_g.
@@ -98,16 +98,16 @@ def project_gradient(g_d: Tensor, g_g: Tensor, lam: float = 1.0) -> Tensor:
     """
     dot = (g_d * g_g).sum()
     norm2 = (g_g * g_g).sum().clamp(min=torch.finfo(g_g.dtype).tiny)  # never 0 / 0
-    # Eq. 5: g = g_d - λ · dot / |g_g|² · g_g; clamp makes a dot above 0, an agreement, 0
+    # Eq. 5: g = g_d - λ · dot / |g_g|² · g_g; the clamp sets dot to 0 where they agree
     return g_d - lam * dot.clamp(max=0) / norm2 * g_g
 
 
 def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
     """Cross-entropy from the zero-shot prediction, times T² (Eq. 3). logits, zs_logits [B, C] →
-    a scalar, nats. It is KL(p_zs | p) plus the entropy of p_zs, which has no gradient: hence "kl".
+    a scalar, nats: T² times KL(p_zs | p) and the entropy of p_zs. That has no gradient: hence "kl".
 
-    WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size
-    comparable when T changes.
+    WHY T²: the cross-entropy's gradient shrinks like 1/T²; the factor keeps its size comparable
+    when T changes.
 
     >>> uniform = torch.zeros(1, 2)
     >>> distillation_loss(uniform, uniform)  # ln 2
@@ -121,8 +121,8 @@ def distillation_loss(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tens
 
 # 2. MODEL: M vectors in front of the class name ---------------------------------------------------
 class PromptLearner(torch.nn.Module):
-    """The learned context, [M, W] for all classes, or [C, M, W], one for each (--csc). It holds no
-    class: `forward` takes tokenised names, so that a trained prompt reads any classes."""
+    """The learned context: [M, W] for all classes, which reads any names that `forward` is given,
+    or [C, M, W], one for each class, which reads its own C classes alone (--csc)."""
 
     def __init__(self, clip: Clip, context: Tensor):
         super().__init__()
@@ -142,8 +142,8 @@ class PromptLearner(torch.nn.Module):
         if self.context.dim() == 2:  # [SOS, context] is the same for all classes
             prefix = torch.cat([prefix, self.context[None]], dim=1)  # [1, 1 + M, W]
         else:
-            # All names stand in names.rows [R, S, W], each after M places that hold position
-            # embeddings alone; names.own [C · M] are their numbers in the rows laid end to end.
+            # All names stand in R rows of S tokens, names.rows [R, S, W], each after M places that
+            # hold position embeddings alone; names.own [C · M]: these places, among all R · S.
             places = names.rows.flatten(0, 1).index_add(0, names.own, self.context.flatten(0, 1))
             names = dataclasses.replace(names, rows=places.view_as(names.rows))
         # WHY gradients=True in evaluation, too: one precision, that of training.
@@ -153,7 +153,7 @@ class PromptLearner(torch.nn.Module):
 
 def initial_context(clip: Clip, template: str, n_ctx: int, init: str, seed: int) -> Tensor:
     """Where the context starts, [M, W]. init "template": the tokens of the template's words before
-    {} (of "a photo of a", where there are none) in the last of M = n_ctx slots, and zeros before;
+    {} (of "a photo of a", where there are none) in the last slots of M = n_ctx, and zeros before;
     "random": N(0, 0.02²)."""
     if init == "random":
         noise = torch.randn(n_ctx, clip.width, generator=data.generator(seed, "context"))
@@ -190,15 +190,15 @@ REAL = SETTINGS | {"model": "RN50", "pretrained": "openai", "classes": "all", "l
 
 
 def defaults(run: dict) -> dict:
-    """The settings where no flag says otherwise. run: those that are known."""
+    """The default settings. run: the settings known so far, on which some of them depend."""
     if run.get("dataset", "toy_").startswith("toy_"):
-        # Steps with 1, 2, 4, 8, 16 shots of 12 classes: 100, 200, 400, 1,200, 2,400. The paper's,
-        # of 24 to 50 classes: 50, 100 to 300, 300 to 600, 1,200 to 2,400, 2,400 to 5,000.
+        # Steps (without partial batches) at 1, 2, 4, 8, 16 shots, 12 classes: 100, 200, 400, 1,200,
+        # 2,400. The paper's, 24 to 50 classes: 50, 100-300, 300-600, 1,200-2,400, 2,400-5,000.
         epochs = {1: 100, 2: 200}.get(run.get("shots", 4), 400)
         return TOY | {"epochs": epochs, "classes": "all" if run.get("csc") else "base"}
     shots = run.get("shots", 16)
     settings = REAL | {"epochs": {1: 50, 2: 100, 4: 100}.get(shots, 200)}
-    if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
+    if ":" in run["dataset"]:  # your own images: views = 0, fresh in each epoch, is hours on a CPU
         settings["views"] = 10
     if run.get("paper") and run["dataset"] == "imagenet":
         settings["epochs"] = 50
@@ -227,7 +227,7 @@ def build_parser() -> data.Parser:
 # 4. TRAIN -----------------------------------------------------------------------------------------
 def step(learner: PromptLearner, names: Names, teacher, x: Tensor, labels: Tensor, args) -> Tensor:
     """One batch: unit image features x [B, D], labels [B], the teacher's unit text features [C, D]
-    → [L_ce, L_kl, cosine of g_d and g_g, 1 where they conflict or 0]. Sets context.grad to g."""
+    → [L_ce, L_kl, cosine of g_d and g_g, conflict (1 or 0)]. Overwrites context.grad with g."""
     text = F.normalize(learner(names), dim=-1)  # [C, D]
     # Eq. 1: logits = s · cos(f(x), t)
     logits = learner.clip.scale * x @ text.T  # [B, C]

@@ -10,14 +10,14 @@ Equations (numbered by this file: the paper could not be read in full)
     Eq. 1   p(c | x) = softmax over c of s cos(f(x), t_c)                        the tuned CLIP
             at the start CLIP's own f and s, and t_c = the text feature of "a photo of a c."
     Eq. 2   L_ce = -log p(y | x)                                                 the label's loss
-    Eq. 3   L_kl = -T² sum_c p_zs(c | x) log p(c | x), both at temperature T     zero-shot's loss
+    Eq. 3   L_kl = -T² sum_c p_zs(c | x) log p(c | x), both at temperature T    KL and a constant
     Eq. 4   w = p_zs(y | x)^k / (p(y | x) + p_zs(y | x)^k + 1e-5)                trust in the prompt
             no gradient flows through w. It is 0.5 where both are sure of the label, 1 where only
-            the prompt is, 0 where the prompt is not
-    Eq. 5   L = mean of (1 - w) L_ce + α mean of w L_kl                          --loss proreg
-    Eq. 6   L = (1 - α) mean of L_ce + α mean of L_kl                            --loss kd
-    Eq. 7   f, t, log s <- AdamW, at a rate that rises linearly from 0, then falls linearly; it
-            would be 0 again one step after the last
+            the prompt is, near 0 where p is well above p_zs^k
+    Eq. 5   L = mean[(1 - w) L_ce] + α mean[w L_kl]                              --loss proreg
+    Eq. 6   L = (1 - α) mean[L_ce] + α mean[L_kl]                                --loss kd
+    Eq. 7   f, t, log s <- AdamW; the rate rises linearly from 0, then falls to 0 one step after
+            the last. Its peak is --lr for f, --head-lr-factor times that for t and log s
     Eq. 8   logits: (1 - A) of the tuned model's + A of zero-shot CLIP's         --ensemble A
     Eq. 9   f, t, log s: (1 - A) of the tuned ones + A of those at the start     --wise-ft A
 
@@ -31,16 +31,16 @@ Equations (numbered by this file: the paper could not be read in full)
     processes), N in a set, C classes; D entries of a feature, of an image or of a text
 
 Learned: the image encoder and the classifier. Frozen: the teacher, a second image encoder, which
-sees the same augmented view of each image; the text encoder makes t and is done. Where it lies:
+sees the same augmented view of each image; the text encoder makes t and is done. The result lies
 between zero-shot CLIP (weak on images like the training images, in-distribution or ID; decent
-elsewhere, OOD) and fine-tuning (the reverse), at a point that α and k choose. So do KD with one
-weight, logit ensembles and WiSE-FT: compare at equal ID accuracy. It helps where training images
+elsewhere, OOD) and fine-tuning (the reverse), at a point that α and k choose. KD with one weight,
+logit ensembles and WiSE-FT lie there, too: compare at equal ID accuracy. It helps where images
 hold a shortcut that the prompt does not take, not where zero-shot CLIP is wrong throughout. k = 10
 and a prompt that is seldom sure (low logit scale: toyclip's is 21, CLIP's 100) leave w near 0:
 plain fine-tuning. α is a factor in Eq. 5, a share in Eq. 6.
 
 PAPER vs CODE: (The paper as others restate it. The code is github.com/BeierZhu/ProReg at 102ff0b,
-and is followed; FILE:LINES are below its folder vilt/, or config/.)
+and is followed but for what is said; FILE:LINES are below its folder vilt/, or config/.)
  1. k = 10 in the code (modules/losses.py:60-62); commented out are k = 1 and a ratio of losses
     (17-49). The paper's own weight was not seen.
  2. No weight decay on biases, nor on layer norms called norm, norm1, norm2, as in ViLT
@@ -90,7 +90,7 @@ Tensor = torch.Tensor
 def adaptive_weight(logits: Tensor, zs_logits: Tensor, labels: Tensor, power=10.0) -> Tensor:
     """Trust in the prompt, by sample (Eq. 4). logits, zs_logits [B, C], labels [B] → [B] in [0, 1).
 
-    WHY no gradient: through w the model could lower its loss by being less sure of the label.
+    WHY no gradient: through w the model could lower L by moving weight to the smaller loss.
 
     >>> sure, wrong = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
     >>> label = torch.tensor([0])
@@ -117,8 +117,8 @@ def prompt_losses(logits: Tensor, zs_logits: Tensor, T: float = 1.0) -> Tensor:
     """Cross-entropy from the zero-shot prediction, times T², of each sample (Eq. 3). logits,
     zs_logits [B, C] → [B], nats.
 
-    WHY T²: gradients of softmax(logits / T) shrink like 1/T²; the factor keeps their size
-    comparable when T changes.
+    WHY T²: the cross-entropy's gradient shrinks like 1/T²; the factor keeps its size comparable
+    when T changes.
 
     >>> prompt_losses(torch.zeros(1, 2), torch.tensor([[50.0, 0.0]]))  # a sure prompt: ln 2
     tensor([0.6931])
@@ -172,12 +172,12 @@ class PromptedClassifier(torch.nn.Module):
 
     text_features [C, D] stay unnormalised, as released. WHY that matters: Adam's steps have one
     size, so the length of a row sets how fast it turns. head "mlp": no prompt, but two layers from
-    a random start, cls_head, which is ordinary fine-tuning.
+    a random start, cls_head; the loss and its teacher stay those of --loss.
     """
 
     def __init__(self, clip: Clip, classnames: list[str], template: str, head="text", seed=1):
         super().__init__()
-        # clip.start: the image encoder in fp32, where the frozen one is held in half precision.
+        # clip.start: the image encoder in fp32, if the frozen one is held in half precision.
         # WHY contiguous: fused AdamW reads weights and moments in the order they have in memory.
         self.visual = copy.deepcopy(clip.start or clip.model.visual).to(
             clip.device, memory_format=torch.contiguous_format
@@ -251,8 +251,8 @@ TOY = SETTINGS | {"dataset": "toy_shapes_biased", "model": "toyclip", "lr": 3e-4
 REAL = SETTINGS | {"model": "ViT-B-32", "pretrained": "openai", "lr": 1e-5, "epochs": 10,
                    "head_lr_factor": 100.0, "batch_size": 256, "augment": "randaugment",
                    "power": 10.0, "compare": False}
-# α of each loss, and with --paper of a dataset: config/bar/prompt_xERM.yaml:8,
-# config/nico_vehicle/prompt_xERM.yaml:6 and config/nico_animal/prompt_proreg.yaml:6 as released.
+# α by loss, and with --paper by dataset, as in config/: bar/prompt_xERM.yaml:8,
+# nico_vehicle/prompt_xERM.yaml:6, and nico_animal/prompt_proreg.yaml:6, which is one weight (kd).
 ALPHA = {"proreg": {"default": 2.0, "bar": 1.0, "nico_vehicle": 1.5}, "ce": {"default": 0.0},
          "kd": {"default": 0.5, "nico_animal": 0.9}}
 # fmt: on
@@ -260,7 +260,7 @@ PATIENCE = datetime.timedelta(minutes=5)  # until all processes have met
 
 
 def defaults(run: dict) -> dict:
-    """The settings where no flag says otherwise. run: those that are known."""
+    """The default settings. run: the settings known so far, on which some of them depend."""
     alphas = ALPHA[run.get("loss", "proreg")]
     alpha = alphas.get(run.get("dataset") if run.get("paper") else "default", alphas["default"])
     return (TOY if run.get("dataset", "toy_").startswith("toy_") else REAL) | {"alpha": alpha}
@@ -350,8 +350,8 @@ def step(
 def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> PromptedClassifier:
     """Fine-tune on task.train."""
     learner = PromptedClassifier(clip, task.classnames, task.template, args.head, args.seed)
-    learner.visual.requires_grad_(args.train == "all")  # AdamW passes over what has no gradient
-    # WHY fused: one kernel for all parameters, and no number is read on the way.
+    learner.visual.requires_grad_(args.train == "all")  # AdamW skips what has no gradient
+    # WHY fused: one kernel for all parameters, and the CPU need not wait to read a number.
     optimizer = torch.optim.AdamW(
         parameter_groups(learner, args.lr, args.head_lr_factor, args.weight_decay),
         args.lr, tuple(args.betas), eps=1e-8, fused=True,
@@ -392,10 +392,10 @@ def training_batches(args, clip: Clip, task: data.Task, epoch: int) -> list[tupl
     images = data.ImageSet(task.train, transform, args.seed)
     # The last batch may be smaller, and is kept, as released.
     shuffled = torch.randperm(len(images), generator=data.generator(args.seed, "order", epoch))
-    whole = shuffled.split(args.batch_size)[: args.max_steps or None]
+    whole = shuffled.split(args.batch_size)[: args.max_steps or None]  # --max-steps: of an epoch
     own = [batch[rank() :: world_size()] for batch in whole]  # this process's; may be empty
     parts = [some.chunk(args.accumulate) if len(some) else () for some in own]
-    # Image i of view v has number i + v · N: ImageSet draws each view of an image anew.
+    # Number i + v · N asks ImageSet for image i in view v; the position that it returns is i.
     view = epoch % args.views if args.views else epoch
     lists = [(part + view * len(images)).tolist() for some in parts for part in some]
     # One loader for all of these, as it decodes ahead. So the batches are to be used in order.
@@ -457,8 +457,8 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
 @torch.no_grad()
 def class_logits(learner: PromptedClassifier, clip: Clip, classnames: list[str], x, template):
     """Logits [N, C] of features x [N, D] of the tuned encoder: by the learned classifier if it has
-    all of the classes, else by their prompts, to see what the encoder has forgotten. Of classes of
-    one name the k-th is meant by the k-th mention."""
+    all of the classes, else by their prompts, to see what the encoder has forgotten. Classes of one
+    name are matched in order."""
     own, asked = data.numbered(learner.classnames), data.numbered(classnames)
     if set(asked) <= set(own):
         return learner(x)[:, [own.index(name) for name in asked]]
@@ -493,8 +493,7 @@ def evaluate(args, clip: Clip, learner: PromptedClassifier, encoded: list) -> li
 
 
 def mix_weights(clip: Clip, learner: PromptedClassifier, A: float) -> PromptedClassifier:
-    """WiSE-FT: the weights, statistics included, between tuned (A = 0) and zero-shot (A = 1). The
-    coefficient of its paper is 1 - A."""
+    """WiSE-FT: the weights between tuned (A = 0) and zero-shot (A = 1); its paper's α is 1 - A."""
     mixture = copy.deepcopy(learner)
     start = PromptedClassifier(clip, learner.classnames, learner.template).state_dict()
     for name, value in mixture.state_dict().items():

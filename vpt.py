@@ -13,7 +13,7 @@ Equations (numbered by this file: the paper could not be read in full)
             t_c(r) = the text encoder's feature of [SOS, v_1 + u r .. v_M + u r, name, ".", EOT]
     Eq. 2  q(r) = N(μ, diag σ²);  global: μ, log σ² are learned;  image: networks of f(x)  posterior
     Eq. 3   r_l = μ + σ ε_l,   ε_l ~ N(0, I),   l = 1 .. L                                   samples
-    Eq. 4   KL(q | N(0, I)) as a mean over W dimensions: mean of (μ² + σ² - 1 - log σ²) / 2    prior
+    Eq. 4   KL(q | N(0, I)), a mean over W (and Q): mean of (μ² + σ² - 1 - log σ²) / 2         prior
     Eq. 5   log p(c | x) = log( 1/L sum_l p(c | x, r_l) )                                 prediction
     Eq. 6   L_task = mean over the batch of -log p(y | x)               --bound log-mean   task loss
             L_task = mean over the batch of -1/L sum_l log p(y | x, r_l)     --bound elbo
@@ -50,10 +50,10 @@ github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff, and is followed; FILE:LI
  2. KL: in the paper a sum over dimensions, with weight 1; in the code their mean, times 0.001
     (trainers/vpt.py:283, 297). The paper's is --bound elbo --kl-weight W (ViT-B/16, RN50: 512).
  3. The code's std_posterior is a log-variance (trainers/vpt.py:197). The global posterior's is
-    drawn from Uniform[0, 1] (line 148): σ starts at 1 to 1.65 and hardly moves, as weight decay (on
-    all that is learned, line 343) and the small KL weight pull little. The entries of CLIP's tokens
-    have a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the context, and
-    what is learned works in spite of it. Hence our u; the code has u = 1. The KL is of r, before u.
+    drawn from Uniform[0, 1] (its line 148): σ starts at 1 to 1.65 and hardly moves, as weight decay
+    (on all that is learned, its line 343) and the small KL weight pull little. CLIP's token entries
+    have a standard deviation of about 0.02, 50 to 80 times less: the noise drowns the context. The
+    code has u = 1; our 4 brings toyclip's larger tokens nearer that. The KL is of r, not of u r.
  4. Image posterior: the paper has two layers with two heads, the code two separate networks of
     three layers (trainers/vpt.py:31-37, 48-49), and so do we.
  5. Batch: the code's has 1 image (configs/trainers/VPT/vit_b16_c4_ep10_batch1_ctxv1.yaml:3); for
@@ -62,12 +62,12 @@ github.com/saic-fi/Bayesian-Prompt-Learning at 8a73fff, and is followed; FILE:LI
  6. Evaluation noise: the code draws it afresh for each image from the global generator
     (trainers/vpt.py:196), so that a prediction depends on what was drawn before. Here it is drawn
     once, from the run's seed, for all images: only image, class names and run decide a prediction.
- 7. L and epochs differ by dataset in the code (VPT.md:20-52, and --paper), for unknown reasons.
+ 7. L and epochs differ by dataset in the code (VPT.md:20-52; our --paper), for unknown reasons.
  8. Precision: the code trains in fp16 (train.py:103). Here what is learned is always fp32.
 
     python vpt.py                                                     # toy world, toy CLIP
     python vpt.py --posterior image                                  # a distribution for each image
-    python vpt.py --dataset dtd --classes base --shots 16 --paper     # the paper's base-to-new run
+    python vpt.py --dataset dtd --classes base --shots 16 --paper     # the code's base-to-new run
     python vpt.py --dataset folder:my_photos --model ViT-B-32 --pretrained openai --batch-size 8
 """
 
@@ -97,7 +97,7 @@ def sample_logits(x: Tensor, text: Tensor, scale: float) -> Tensor:
     """
     Q = text.shape[1]
     x = x.unflatten(0, (Q, -1))  # [Q, B / Q, D]: [1, B, D] or [B, 1, D]
-    # Eq. 1: logits = s · cos(f(x), t)
+    # Eq. 1: logits = s · cos(f(x), t); here x is f(x), of unit length
     logits = scale * (x @ text.mT)  # [L, Q, B / Q, C]
     return logits.flatten(1, 2)
 
@@ -173,7 +173,7 @@ def uncertainty(logits: Tensor) -> tuple[Tensor, Tensor]:
     def entropy(log_prob):
         return -(log_prob.exp() * log_prob).sum(dim=-1)
 
-    # Eq. 8: E = entropy of the mean,   MI = E - mean of the entropies: negative by rounding only
+    # Eq. 8: E = entropy of the mean,   MI = E - mean of the entropies (≥ 0, but for rounding)
     total = entropy(log_mean_prob(logits))
     within = entropy(logits.log_softmax(dim=-1)).mean(dim=0)
     return total, (total - within).clamp(min=0)
@@ -194,7 +194,7 @@ class PromptDistribution(torch.nn.Module):
         self.kind = kind
         self.u = u
         self.context = torch.nn.Parameter(context.clone())
-        D = common.prompt_features(clip, ["a"], "{}").shape[1]
+        D = common.prompt_features(clip, ["a"], "{}").shape[1]  # of any text
         W = clip.width
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
             torch.manual_seed(data.draw_seed(seed, "posterior"))
@@ -279,7 +279,7 @@ TOY = SETTINGS | {"dataset": "toy_fillshapes_sketch", "model": "toyclip", "class
 REAL = SETTINGS | {"model": "ViT-B-16", "pretrained": "openai", "classes": "all", "lr": 0.002,
                    "epochs": 10, "residual_scale": 1.0, "augment": "crop", "views": 0,
                    "compare": False}
-EXCEPTIONS = {  # dataset: (L, epochs), see PAPER vs CODE 7
+RELEASED = {  # with --paper: dataset: (L, epochs), see PAPER vs CODE 7
     "imagenet": (10, 10), "caltech101": (20, 20), "oxford_pets": (40, 20), "dtd": (40, 10),
     "stanford_cars": (20, 40), "oxford_flowers": (10, 40), "food101": (20, 20), "ucf101": (5, 20),
     "fgvc_aircraft": (10, 10), "sun397": (20, 10), "eurosat": (20, 60)}
@@ -288,24 +288,24 @@ DETERMINISTIC = {"global": "CoOp", "image": "CoCoOp-like"}  # what --samples 0 i
 
 
 def defaults(run: dict) -> dict:
-    """The settings where no flag says otherwise. run: those that are known."""
+    """The default settings. run: the settings known so far, on which some of them depend."""
     if run.get("dataset", "toy_").startswith("toy_"):
         return TOY
     settings = dict(REAL)
-    if ":" in run["dataset"]:  # your own images: 0, fresh views in each epoch, takes hours on a CPU
+    if ":" in run["dataset"]:  # your own images: views = 0, fresh in each epoch, is hours on a CPU
         settings["views"] = 10
-    if run.get("paper") and run["dataset"] in EXCEPTIONS:
-        settings["samples"], settings["epochs"] = EXCEPTIONS[run["dataset"]]
+    if run.get("paper") and run["dataset"] in RELEASED:
+        settings["samples"], settings["epochs"] = RELEASED[run["dataset"]]
     return settings
 
 
 FLAGS = {
     "--posterior": {"choices": ["global", "image"], "help": "Eq. 2: one q(r), or one an image"},
-    "--samples": {"type": int, "metavar": "L", "help": "5 or more; 0 = the deterministic base"},
-    "--residual-scale": {"type": float, "metavar": "U", "help": "u of Eq. 1, the noise's size"},
+    "--samples": {"type": int, "metavar": "L", "help": "5 or more; 0 = deterministic"},
+    "--residual-scale": {"type": float, "metavar": "U", "help": "u of Eq. 1, a factor of r"},
     "--kl-weight": {"type": float, "metavar": "β", "help": "of Eq. 7; W is the paper's, for elbo"},
     "--bound": {"choices": ["log-mean", "elbo"], "help": "Eq. 6: the code's, or the paper's"},
-    "--ctx-init": {"metavar": "WORDS", "help": "where the context starts; their tokens are M"},
+    "--ctx-init": {"metavar": "WORDS", "help": "v starts from them; M is their number of tokens"},
     "--momentum": {"type": float, "metavar": "X", "help": "of SGD"},
     "--weight-decay": {"type": float, "metavar": "X", "help": "of SGD, on all of v and q"},
 }
@@ -375,7 +375,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
 def predict(learner: PromptDistribution, clip: Clip, classnames: list[str], x: Tensor) -> dict:
     """Predictions for unit image features x [N, D] among any class names, in bounded memory.
 
-    Log-probabilities [N, C]: "tuned", averaged over the samples learner.eval_noise, and
+    Log-probabilities [N, C]: "tuned", of the mean over the samples learner.eval_noise (Eq. 5), and
     "mean_residual", by the one prompt of r = μ. [N]: "entropy" and "mutual_information" (Eq. 8).
     """
     names = common.name_tokens(clip, classnames, len(learner.context))
@@ -413,7 +413,7 @@ def class_logits(learner: PromptDistribution, clip: Clip, classnames: list[str],
 
 def read_learner(folder: str | Path, args: argparse.Namespace, clip: Clip) -> PromptDistribution:
     """The trained distribution of a run folder, ready for any class names."""
-    # WHY not args: the seed of evaluation's noise is that of the training.
+    # WHY not args: posterior, u, L, --ctx-init and the noise's seed are those of the training.
     trained = argparse.Namespace(**common.read_run(folder)["settings"])
     learner = new_learner(trained, clip, initial_context(clip, trained.ctx_init))
     common.load_checkpoint(folder, learner)
