@@ -112,7 +112,7 @@ def load_clip(
     except Exception as error:  # open_clip, the hub and torch raise many kinds
         # WHY not torch's advice on a pickle: it is to unpickle all the same.
         tensors = "not tensors alone: save the state_dict, torch.save(model.state_dict(), FILE)"
-        reason = tensors if "weights_only" in str(error) else str(error)[:500] or repr(error)
+        reason = tensors if "weights_only" in str(error) else str(error)[:300] or repr(error)
         raise UserError(f"cannot load {model} {source}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
