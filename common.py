@@ -70,7 +70,7 @@ class Clip:
     scale: float = 100.0  # s = exp(logit_scale)
     weights: str = ""  # hash of tensors and activation: which CLIP it is, wherever its file lies
     start: torch.nn.Module | None = None  # fp32 image encoder, where model's is held in half
-    fast: bool = True  # section 2's fast encoder equals its text tower
+    fast: bool = True  # section 2's fast encoder equals its text tower: see check_text_tower
 
     @property
     def width(self) -> int:
@@ -118,7 +118,11 @@ def load_clip(
         logging.disable(logging.NOTSET)
     # WHY eval: open_clip returns models in train mode, where BatchNorm's statistics move.
     net = net.float().eval().requires_grad_(False)
-    require(hasattr(text_tower(net), "token_embedding"), f"{name} has no CLIP's text tower")
+    require(
+        hasattr(text_tower(net), "token_embedding")
+        and getattr(text_tower(net), "cls_emb", None) is None,  # CoCa's has one
+        f"{name}: such a text tower cannot be used; name another --model",
+    )
     hashes = {
         key: hashlib.sha1(value.contiguous().numpy()).hexdigest()
         for key, value in sorted(net.state_dict().items())
@@ -218,7 +222,7 @@ class Names:
     All have the same P prefix tokens before them: so each row goes through the tower behind one
     copy of the prefix, and a mask keeps the texts of a row from seeing each other."""
 
-    rows: Tensor  # [R, S, W] token + position embeddings
+    rows: Tensor  # [R, S, W] token + position embeddings; at `own` places positions alone
     mask: Tensor  # [R, 1, P + S, P + S] 0 where a token sees the other, else -inf
     ends: Tensor  # [R, K] where in a row, prefix included, its k-th text ends
     which: Tensor  # [C] which of the R · K ends is class c's
@@ -231,7 +235,7 @@ def encode_prompts(clip: Clip, prefix: Tensor, names: Names | Tensor) -> Tensor:
     Equals `plain`, for CLIP's text attention is causal: (1) what stands after a class's EOT cannot
     influence it, so it is left out; (2) the prefix never sees the names, so that many names can
     stand behind one copy of it. Work: R · (P + S) tokens a prefix, not C · context length.
-    Differentiable in prefix and names. UserError for names that were packed for another P.
+    Differentiable in both. Call it within autocast(clip). UserError for names of another P.
     """
     if isinstance(names, Tensor):  # ids
         return plain(clip, prefix, names)
@@ -366,11 +370,11 @@ def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
     ordinary word keeps each place of the context. UserError for a text that is too long."""
     n = len(text_tower(clip.model).positional_embedding)
     filler = "a " * (before - start_of_text(clip).shape[1])
-    prompts = [filler + text.replace("_", " ") for text in [*texts, ""]]
-    *ids, empty = clip.tokenizer(prompts, context_length=n + 1)
-    long = [text for text, row in zip(texts, ids) if row[n] != empty[n]]  # which is padding
+    prompts = [filler + text.replace("_", " ") + more for more in ("", " a") for text in texts]
+    ids, longer = clip.tokenizer(prompts, context_length=n + 1).chunk(2)
+    long = [text for text, *rows in zip(texts, ids, longer) if torch.equal(*rows)]  # both are cut
     require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
-    return torch.stack(ids)[:, :n]
+    return ids[:, :n]
 
 
 def word_tokens(clip: Clip, words: str) -> Tensor:
@@ -536,7 +540,7 @@ FLAGS = {
     "model": {
         "--model": {"help": "toyclip, an open_clip name such as RN50, or hf-hub:ORG/NAME"},
         "--pretrained": FOLDER | {"metavar": "W", "help": "an open_clip tag or a weights file"},
-        "--precision": {"choices": ["fp32", *HALF], "help": "[bf16 on a GPU, else fp32]"},
+        "--precision": {"choices": ["fp32", *HALF], "help": "[bf16 or fp16 on a GPU, else fp32]"},
         "--memory-gb": {"type": float, "metavar": "X", "help": "for texts [half a GPU's, else 4]"}},
     "optimisation": {
         "--paper": {"action": "store_true", "help": "the paper's exceptions for single datasets"},
@@ -634,7 +638,9 @@ def inherited(typed: dict, method: str) -> dict:
     """The settings of the run that --resume goes on with or --eval evaluates; {} without one.
     UserError for a typed value that differs from what was trained."""
     folder = typed.get("resume", typed.get("eval"))
-    if folder is None or (typed.keys() >= {"resume", "dataset"} and not data.begun(folder)):
+    if folder is None or (
+        typed.keys() >= {"resume", "dataset"} and not Path(folder, "config.json").exists()
+    ):
         return {}
     stored = read_run(folder)["settings"]
     require(stored["method"] == method and not stored["eval"], f"{folder} is no {method} training")
@@ -666,7 +672,7 @@ def settle_device(args: argparse.Namespace) -> None:
     args.precision = args.precision or (half if cuda else "fp32")
     # Of the total memory, not of what is free: the size of pieces changes the last bits.
     total = torch.cuda.get_device_properties(args.device).total_memory if cuda else 8e9
-    args.memory_gb = args.memory_gb or total / 2e9
+    args.memory_gb = total / 2e9 if args.memory_gb is None else args.memory_gb
 
 
 # The run folder
@@ -681,7 +687,7 @@ def open_run(args: argparse.Namespace, task: data.Task, clip: Clip, title: str) 
     old = read_run(earlier) if earlier and data.begun(earlier) else config
     require(old["weights"] == clip.weights, f"{earlier} had other CLIP weights: name --pretrained")
     for key in () if args.eval else ("classnames", "train", "tests"):
-        other = sorted({*old[key]} ^ {*config[key]})[:1]
+        other = (sorted({*old[key]} ^ {*config[key]}) or ["their order"])[0]
         require(old[key] == config[key], f"{earlier} was begun with other {key}: {other}")
     require(
         not args.eval or Path(args.eval, "result.json").exists(),
@@ -716,7 +722,7 @@ def claim_folder(args: argparse.Namespace) -> Path:
                 # It makes the folder. is_singleton: a process may begin two runs in one folder.
                 LOCKS.append(filelock.FileLock(out / ".lock", 0, is_singleton=True).acquire())
                 return out
-        require(not named, f"{out} is in use or holds a run: --resume it, or another --out-dir")
+        require(not named, f"{out} is in use, or holds a run to --resume: name another --out-dir")
 
 
 # Checkpoints and epochs
@@ -774,7 +780,7 @@ def end_epoch(out: Path, epoch: int, module, optimizer, line: dict, last: bool =
     for what is not finite. The last checkpoint has no optimiser's state: it is most of its size,
     and is not needed any more. WHY read here, once an epoch: reading stops a GPU."""
     # 0, or nan where anything in it is not finite.
-    learned = {name: (value * 0).sum() for name, value in module.state_dict().items()}
+    learned = {f"model/{key}": (value * 0).sum() for key, value in module.state_dict().items()}
     zero = next(module.parameters()).new_zeros((), dtype=torch.float64)
     each = {name: zero + x for name, x in (line | learned).items()}
     numbers = dict(zip(each, torch.stack([*each.values()]).tolist()))

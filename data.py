@@ -715,8 +715,7 @@ class Task:
 
 
 def load_task(args: argparse.Namespace) -> Task:
-    """What the data flags ask for. With --eval nothing is drawn: `train` is empty, and `lines` are
-    what that run was trained on."""
+    """What the data flags ask for. With --eval `train` is empty, `lines` what that run learned."""
     require(re.fullmatch(r"[^{}]*\{\}[^{}]*", args.template or "{}"), "--template needs one {}")
     run = read_run(args.eval) if args.eval else {"settings": vars(args)}
     name = run["settings"]["dataset"]

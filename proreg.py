@@ -457,8 +457,7 @@ def end_epoch(args, clip, task, out: Path, epoch: int, learner, optimizer, rate,
 @torch.no_grad()
 def class_logits(learner: PromptedClassifier, clip: Clip, classnames: list[str], x, template):
     """Logits [N, C] of features x [N, D] of the tuned encoder: by the learned classifier if it has
-    all of the classes, else by their prompts, to see what the encoder has forgotten. Classes of one
-    name are matched in order."""
+    all of the classes (those of one name in order), else by their prompts: what is forgotten?"""
     own, asked = data.numbered(learner.classnames), data.numbered(classnames)
     if set(asked) <= set(own):
         return learner(x)[:, [own.index(name) for name in asked]]

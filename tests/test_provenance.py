@@ -100,7 +100,7 @@ def test_a_run_of_no_steps():
     flags = ["--epochs", "0", "--no-compare", "--out-dir", "run"]
     assert run(prograd, *flags)["name"] == "untrained"
     assert not Path("run/checkpoint.safetensors").exists()
-    refused("run is in use or holds a run", prograd, *flags)
+    refused("run is in use, or holds a run", prograd, *flags)
 
 
 # What is said -------------------------------------------------------------------------------------

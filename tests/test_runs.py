@@ -219,7 +219,7 @@ REFUSED = [  # flags; the error. Two runs are there, trained on half of the clas
     ("--resume half --shots 2", "half has --shots 4: leave it out"),
     ("--resume half --csc", "half has --csc False: leave it out"),
     ("--resume half --out-dir x", "leave out --eval and --out-dir"),
-    ("--out-dir half", "half is in use or holds a run: --resume it, or another --out-dir"),
+    ("--out-dir half", "half is in use, or holds a run to --resume: name another --out-dir"),
     (
         "--resume heer --workers 0",
         "heer/config.json is missing.*; to begin a run name its --dataset",
@@ -390,7 +390,7 @@ def test_folders_are_claimed():
     assert name == "runs/m-a-4shot-seed1"
     assert str(common.claim_folder(args)) == f"{name}-2"
     named = argparse.Namespace(**vars(args) | {"out_dir": name})
-    with pytest.raises(UserError, match=f"{name} is in use or holds a run"):
+    with pytest.raises(UserError, match=f"{name} is in use, or holds a run"):
         common.claim_folder(named)
     other.kill()
     other.wait()
