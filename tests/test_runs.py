@@ -253,6 +253,15 @@ def test_folders_that_are_no_run_of_a_script(half):
             refused("foreign.config.json", prograd, *QUICK, flag, "foreign")
 
 
+def test_a_run_that_stopped_before_its_first_epoch():
+    """--resume takes its settings all the same; --out-dir may begin another in its folder."""
+    there = ["--resume", "there", "--dataset", "toy_fillshapes_sketch"]
+    refused("use --n-ctx 4 or more", prograd, *QUICK, *there, "--n-ctx", "2")
+    refused("there has --n-ctx 2: leave it out", prograd, *QUICK, *there, "--n-ctx", "4")
+    refused("use --n-ctx 4 or more", prograd, *there)
+    run(prograd, *QUICK, "--out-dir", "there")
+
+
 @each_script
 def test_evaluation_gives_the_figures_of_training(script, trained):
     folder = trained(script, *SHORT[script], "--no-compare")

@@ -103,7 +103,7 @@ def test_the_length_of_a_prompt_is_counted(clip64):
     fits = " ".join(["word"] * 58)
     common.name_tokens(clip64, [fits], 16)
     common.name_tokens(clip64, [fits], 0, own=16)
-    for n_ctx, own in ((17, 0), (0, 17)):
+    for n_ctx, own in ((17, 0), (0, 17), (76, 0), (99, 0)):
         with pytest.raises(UserError, match="too many tokens: shorten it, or the context"):
             common.name_tokens(clip64, [fits], n_ctx, own=own)
 
