@@ -123,7 +123,7 @@ def read_text(path: Path, parse: Callable = str):
     """A text file, or what `parse` makes of it."""
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -137,7 +137,8 @@ def read_run(folder: str | Path) -> dict:
     config = read_json(path) if path.exists() else {}
     known = {"method", "settings", "weights", "classnames", "root", "train", "training", "tests"}
     require(
-        known <= config.keys(), f"{path} is missing, or not ours; to begin a run name its --dataset"
+        known <= config.keys() and "method" in config["settings"],
+        f"{path} is missing, or not ours; to begin a run name its --dataset",
     )
     return config
 
@@ -324,9 +325,10 @@ def find_file(found: Found, file: str, url: str = "") -> Path:
     near = [up, root, up / "splits", root / "splits", up / "imagenet", up.parent / "imagenet"]
     path = next((p / file for p in near if (p / file).is_file()), up / file)
     if url and not path.is_file():
-        write(path, urllib.request.urlopen(url).read())
+        with contextlib.suppress(Exception):  # no network, or half a file
+            write(path, urllib.request.urlopen(url + file).read())
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: try --download, CoOp's DATASETS.md, or {COPY}")
+        raise FileNotFoundError(f"{path} is missing: {url or '--download'}, DATASETS.md, or {COPY}")
     return path
 
 
@@ -344,9 +346,8 @@ def address_of(found: Found, path: str, where: str) -> str:
 
 def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[int, str]]:
     """CoOp's split file → rows, {label: class name}."""
-    name = f"split_zhou_{found.source.split}.json"
     fetch = args.download and found.name not in ("food101", "sun397")
-    file = find_file(found, name, SPLITS + name if fetch else "")
+    file = find_file(found, f"split_zhou_{found.source.split}.json", SPLITS if fetch else "")
     split = read_json(file)
     rows, names = [], {}
     for part in ("train", "val", "test"):
@@ -354,7 +355,7 @@ def read_split(found: Found, args: argparse.Namespace) -> tuple[list[Row], dict[
         for i, row in enumerate(split[part]):
             where = f"{file}, {part}[{i}]: {row!r}"
             require(
-                isinstance(row, list) and [*map(type, row)] == [str, int, str],
+                type(row) is list and [*map(type, row)] == [str, int, str] and row[2].isprintable(),
                 f"{where} is not [path, label, name]",
             )
             path, label, name = row
@@ -527,10 +528,10 @@ def read_names(found: Found, file: Path, folders: list[str]) -> dict[str, str]:
     if not any("\t" in line for line in lines):
         # As file managers show them: 1, 2, 10.
         shown = sorted(folders, key=lambda f: re.sub(r"\d+", lambda n: n[0].zfill(20), f.lower()))
-        # A line that begins as a folder is called means it by name, with another sign for the tab.
-        clear = shown == folders and not any(line.startswith(tuple(folders)) for line in lines)
+        # A line that begins as another folder is called may mean that one.
+        other = any(x != f and re.split(r"\W", x)[0] in folders for f, x in zip(folders, lines))
         require(
-            len(lines) == len(folders) and clear,
+            len(lines) == len(folders) and shown == folders and not other,
             f"{file}: {len(lines)} names alone for {len(folders)} folders, in the order "
             f"{shown[:3]} .. or {folders[:3]} ..? Write FOLDER<tab>NAME",
         )
@@ -603,12 +604,12 @@ def split_rest(found: Found) -> None:
 
 def check_overlaps(found: Found) -> None:
     """A note on images that are there twice, by links. None is both trained and tested on."""
-    uses = [(found.real[a], a, part) for (part, _), items in found.sets.items() for a, _ in items]
+    uses = [(found.real[a], a, y, p) for (p, _), items in found.sets.items() for a, y in items]
     twice = [[*zip(*uses)][1:] for uses in group(uses, lambda use: use[0]).values() if uses[1:]]
-    text = f"{len(twice)} images are there twice, as {[addresses for addresses, _ in twice][:1]}"
-    tell(found.notes, twice, text)
-    both = [addresses for addresses, parts in twice if {"train", "test"} <= {*parts}]
-    require(not both, f"{len(both)} images are trained and tested on: remove one of {both[:9]}")
+    mixed = sum(len({*labels}) > 1 for _, labels, _ in twice)
+    tell(found.notes, twice, f"{len(twice)} images are there twice, {mixed} of them in two classes")
+    both = [addresses for addresses, _, parts in twice if {"train", "test"} <= {*parts}]
+    require(not both, f"{found.root}: {len(both)} images are trained and tested on: {both[:9]}")
 
 
 def below(address: str, root: str) -> str:
@@ -837,7 +838,7 @@ def read_image(address: str) -> Image.Image:
     try:
         with Image.open(address) as image:
             short, long = sorted(image.size)
-            require(long <= 200 * short, f"{short} x {long} is over 200 times as long as wide")
+            require(long <= 200 * short and short * long < 9e7, f"{short}x{long}: too big or long")
             image.load()  # here: Pillow reports damaged pixels once, and then shows what it has
             with contextlib.suppress(Exception):  # damaged EXIF data: the photo itself is readable
                 ImageOps.exif_transpose(image, in_place=True)
