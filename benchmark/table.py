@@ -65,6 +65,8 @@ def read_rows(folders: list[str], measure: str) -> list[Row]:
         require(path.exists(), f"{folder} is not finished: there is no {path}")
         result = data.read_json(path)
         require({"clip", "training", "name"} <= result.keys(), f"{folder} is of an older version")
+        differ = result["name"] != result["baseline_name"]
+        require(differ, f"{folder}: method and baseline are both called {result['name']}")
         what, dataset = identity(result), result["settings"]["dataset"]
         row = rows.setdefault(as_text(what), Row(dataset, what, result, defaultdict(dict), []))
         seed = result["training"]["seed"]
@@ -83,7 +85,7 @@ def as_text(what: dict) -> str:
 def identity(result: dict) -> dict:
     """All that a figure comes from, but the seed and its draw; of settings what is not default."""
     settings = result["settings"]
-    usual = defaults_of(settings)
+    usual = defaults_of(settings | {"dataset": result["training"]["dataset"]})
     what = {"name": result["name"], "dataset": settings["dataset"], "shots": settings["shots"]}
     what |= {k: v for k, v in settings.items() if k not in FREE and v != usual.get(k, ...)}
     for key, value in result["training"].items():
@@ -175,9 +177,11 @@ def mean_rows(rows: list[Row]) -> list[Row]:
         names = [row.dataset for row in parts]
         if len(set(names)) == 1:
             continue
-        require(len(set(names)) == len(names), f"a mean of {names}: one is there twice")
         every = set.union(*(set(row.seeds) for row in parts))
         seeds = sorted(set.intersection(*(set(row.seeds) for row in parts)))
+        if len(set(names)) < len(names):
+            print(f"no mean of {', '.join(names)}: one is there twice")
+            continue
         mean = dataclasses.replace(parts[0], parts=parts, seeds=seeds, what=variant(parts[0]))
         mean.dataset = f"mean of {len(parts)} datasets"
         mean.figures = {
@@ -290,11 +294,12 @@ def gaps(row: Row, column: str, title: str, paper: dict) -> list[str]:
             protocol = "domain-generalisation" if away <= SHIFTED else "cross-dataset"
         pairs += [("protocol", protocol, paper["protocol"])]
         pairs += [("shots", str(trained["shots"]), paper["shots"])]
-        usual = defaults_of(settings | {"paper": True}) | OWN.get(paper["method"], {})
+        usual = defaults_of(settings | {"paper": True, "dataset": trained["dataset"]})
+        usual |= OWN.get(paper["method"], {})
         unread = SAID | UNREAD.get(paper["method"], set())
         pairs += [(k, v, usual.get(k)) for k, v in settings.items() if k not in unread]
     for dataset, template in templates:
-        own = data.SOURCES[dataset].template
+        own = data.SOURCES[dataset].template if dataset in data.SOURCES else ""
         pairs.append(("template", template, paper["template"].replace("dataset", own)))
     return [f"{what} {ours} (published: {its})" for what, ours, its in pairs if ours != its]
 
@@ -390,9 +395,12 @@ def against_shots(rows: list[Row], measure: str) -> dict:
             if values := list(row.figures.get((column, title), {}).values()):
                 line, point = " ".join(words), (row.what["shots"], *mean_and_error(values))
                 points = panels.setdefault(row.dataset, {}).setdefault(line, [])
-                twice = point[0] in [x for x, *_ in points] and title != "zero-shot"
-                require(not twice, f"--plot: two lines are called {line}: name fewer runs")
+                # Zero-shot is there with every method, and is the same.
+                other = [y for x, y, *_ in points if x == point[0] and abs(y - point[1]) > 1e-9]
+                other = other or (title != "zero-shot" and point[0] in [x for x, *_ in points])
+                require(not other, f"--plot: two lines are called {line}: name fewer runs")
                 points += [point] if point not in points else []
+    require(panels, f"--plot: these runs have no {measure}")
     return panels
 
 
@@ -406,6 +414,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = args.runs + (list_runs(args.list) if args.list else [])
     require(folders or args.list, "name folders of finished runs, or --list FILE")
+    if not folders:
+        return
     rows = read_rows(folders, args.measure)
     means = mean_rows(rows)
     rows += [mean for mean in means if mean.seeds]

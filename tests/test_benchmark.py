@@ -109,8 +109,10 @@ def test_table_averages_only_what_is_equal_in_all_but_the_draw(capsys):
     assert [row.split("|")[2].strip() for row in rows] == ["1"] * 4
     for told in ("images of dtd all others", "trained with dataset sun397", "baseline None"):
         assert sum(told in row for row in rows) == 1
-    with pytest.raises(UserError, match="one is there twice"):  # no mean of other images
-        table.main([*folders[:2], result("e", "eurosat", seed=1)])
+    out = printed(capsys, *folders[:2], result("e", "eurosat", seed=1))
+    assert "no mean of dtd, dtd, eurosat: one is there twice" in out and "mean of 3" not in out
+    with pytest.raises(UserError, match="method and baseline are both called CoOp"):
+        table.main([result("f", lam=0.0)])
 
 
 def test_means_over_datasets(capsys):
@@ -166,12 +168,14 @@ def test_plot():
         assert text in svg
     table.main([*runs, "--plot", "y.svg"])
     assert Path("y.svg").read_text() == svg
-    rows = table.read_rows([*runs, result("lr", "sun397", lr=0.1)], "nll")
+    rows = table.read_rows([*runs, result("lr", "sun397", 66.0, lr=0.1)], "nll")
     panels = table.against_shots(rows, "nll")
     points = panels["sun397"]["ProGrad"]
     assert [x for x, *_ in panels["sun397"]["ProGrad lr 0.1"]] == [16]
     assert [x for x, *_ in points] == [1, 4, 16] and points[0][1:3] == (0.51, 0.0)
     table.main([*runs, "--plot", "x.png", "--measure", "ece"])
+    with pytest.raises(UserError, match="two lines are called zero-shot"):
+        table.main([*runs, result("template", "sun397", 99.0, template="{}"), "--plot", "z.svg"])
     with pytest.raises(UserError, match="a plot is a FILE.svg, FILE.png or FILE.pdf"):
         table.main([*runs, "--plot", "x.doc"])
 

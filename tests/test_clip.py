@@ -130,7 +130,9 @@ def test_forged_files_run_nothing(tmp_path):
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Bomb()))
     tiny_model("tinyforged")
     for file in ("evil.pt", "forged.pt", "evil.pkl"):
-        words = not_loaded("not tensors alone: save", "tinyforged", str(tmp_path / file))
+        # An older torch says it in its own words.
+        text = "not tensors alone: save|Unknown type name"
+        words = not_loaded(text, "tinyforged", str(tmp_path / file))
         assert len(words) <= 200 and "weights_only" not in words
         assert not Path("ran").exists()
 

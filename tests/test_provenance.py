@@ -57,7 +57,7 @@ def test_weights_that_changed(tmp_path):
     shutil.copyfile(common.TOYCLIP / "weights.safetensors", file)
     result = run(prograd, *QUICK, "--out-dir", "here", "--pretrained", file)
     file.rename(moved)
-    refused("w.safetensors' is not a known tag", prograd, "--eval", "here")
+    refused("cannot load toyclip .*w.safetensors", prograd, "--eval", "here")
     again = run(prograd, "--eval", "here", "--pretrained", moved)
     assert again["tests"] == result["tests"]
     tensors = safetensors.torch.load_file(moved)

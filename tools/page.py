@@ -154,9 +154,9 @@ def sureness(part: Part) -> str:
     return f"<div class='plots'>{text}</div>\n"
 
 
-def training(result: dict) -> str:
+def training(folder: Path, result: dict) -> str:
     """The curves of metrics.jsonl."""
-    run = Path(result["training"]["run"])
+    run = Path(result["training"]["run"]) if result["settings"]["eval"] else folder
     epochs = common.read_metrics(run)
     text = ""
     for kind in dict.fromkeys(kind for line in epochs for kind in line if kind != "epoch"):
@@ -190,7 +190,7 @@ def page(folder: Path) -> str:
         "notes": "".join(f"<li>{esc(note)}</li>" for note in result["notes"]) or "<li>none</li>",
         "origin": origin(folder, result),
         "missing": "" if all(p.items for p in parts) else f"Made without images: {esc(why)}.",
-        "training": training(result),
+        "training": training(folder, result),
     }
     for show in (classes, images, sureness):
         fields[show.__name__] = "".join(f"<h3>{part.title}</h3>\n{show(part)}" for part in parts)

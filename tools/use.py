@@ -13,6 +13,7 @@ import argparse
 import csv
 import dataclasses
 import importlib
+import io
 import json
 import sys
 from collections import Counter
@@ -72,7 +73,10 @@ def find_script(method: str, named: str | None):
     """The module that made a run. WHY not by a path in its config.json: a run that somebody sent
     must not decide which code is run here."""
     path = Path(named or Path(common.__file__).with_name(f"{Path(method).name}.py"))
-    require(path.is_file(), f"there is no {path}: name the script of the run by --script")
+    require(
+        path.is_file() and path.suffix == ".py",
+        f"there is no {path}: name the script of the run by --script",
+    )
     sys.path.insert(0, str(path.resolve().parent))
     module = importlib.import_module(path.stem)
     whole = hasattr(module, "read_learner") and hasattr(module, "class_logits")
@@ -112,8 +116,9 @@ def predict(run: Run, args: argparse.Namespace) -> None:
     if args.csv:
         head = "path zero_shot zero_shot_probability tuned tuned_probability".split()
         columns = [paths, names[0, :, 0], shares[0, :, 0], names[1, :, 0], shares[1, :, 0]]
-        with open(args.csv, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([head, *zip(*columns)])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([head, *zip(*columns)])
+        data.write(Path(args.csv), text.getvalue().encode("utf-8", "surrogateescape"))
         print(f"written to {args.csv}: {len(paths)} images")
     for i, path in enumerate([] if args.csv else paths):
         print(path)
@@ -127,8 +132,7 @@ def predict(run: Run, args: argparse.Namespace) -> None:
 
 
 def print_scores(truth: np.ndarray, names: np.ndarray) -> None:
-    """Accuracy and confusions of the images in folders called as classes: truth [N], "" for others;
-    names [2, N], what they are taken for."""
+    """Of images in folders called as classes: truth [N], "" for others; names [2, N], as taken."""
     known = truth != ""
     truth = truth[known]
     print(f"in folders of {len(set(truth))} classes: {len(truth)} of {len(known)} images")
@@ -183,8 +187,8 @@ def export(run: Run, args: argparse.Namespace) -> None:
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     path = Path(args.paths[0])
     program, ours = path.with_name("classify.py"), Path(__file__).with_name("classify.py")
-    other = program.exists() and program.read_bytes() != ours.read_bytes()
-    require(not other, f"{program} is another program or version: export to another folder")
+    other = path == program or (program.exists() and program.read_bytes() != ours.read_bytes())
+    require(not other, f"{program} is another program or version: name another file or folder")
     data.write(path, safetensors.torch.save(tensors, note))
     data.write(program, ours.read_bytes())
     print(f"written to {path}; try next: python {program} {path} IMAGE")
@@ -204,8 +208,8 @@ def export_features(run: Run, args: argparse.Namespace) -> None:
         arrays["text_tuned"] = text_features(run, test.classnames)
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     arrays["classnames"] = np.array(test.classnames)
-    with open(args.features, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    np.savez_compressed(buffer := io.BytesIO(), **arrays)
+    data.write(Path(args.features), buffer.getvalue())
     print(f"written to {args.features}: {', '.join(arrays)}")
 
 
