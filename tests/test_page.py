@@ -67,7 +67,7 @@ def test_sections_and_numbers(name, runs, capsys):
     result = json.loads((folder / "result.json").read_text())
     text, (origin, *tables) = read(folder)
     titles = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
-    assert titles == ["Classes", "Images", "Sureness", "Training"]
+    assert titles == ["Classes", "Images", "Sureness", "Errors in common", "Training"]
     assert all(word in text for word in KINDS[name][2])
     told = str(origin)
     assert result["clip"] in told and result["split"] in told and str(folder) in told
@@ -90,9 +90,35 @@ def test_sections_and_numbers(name, runs, capsys):
             right = 100 * (~wrong[:, labels == names.index(cls)]).mean(axis=1)
             assert cells == [*(f"{share:.1f}" for share in right), f"{right[1] - right[0]:+.1f}"]
             assert int(count) == (labels == names.index(cls)).sum()
+        for row, one in zip(tables[2 * len(tests) + i][1:], wrong, strict=True):
+            assert row[1:] == [str((one & other).sum()) for other in wrong]
         for true, taken, *cells in tables[2 * i + 1][1:]:
             mixed = (labels == names.index(true)) & (np.stack(guesses) == names.index(taken))
             assert cells == [str(k) for k in mixed.sum(axis=1)]
+
+
+def test_curves(runs, monkeypatch):
+    """What is drawn: reliability in 15 bins, coverage, and the curves of a run and its baseline."""
+    drawn = {}
+    monkeypatch.setattr(
+        page, "plot", lambda title, x, lines: drawn.update({(title, x): lines}) or ""
+    )
+    folder = runs / "prograd"
+    result = json.loads((folder / "result.json").read_text())
+    part = page.Part(folder, result, 0, {})
+    page.sureness(part)
+    page.training(folder, result)
+    sure, hits = drawn["accuracy, in 15 bins", "confidence"]["ProGrad"]
+    share = drawn["share of the images", "confidence"]["ProGrad"][1]
+    assert abs(share.sum() - 1) < 1e-9 and np.nansum(share * hits) == pytest.approx(
+        part.right[1].mean()
+    )
+    ece = 100 * np.nansum(share * abs(sure - hits))
+    assert ece == pytest.approx(result["tests"][0]["tuned"]["ece"], abs=1e-3)
+    covered, right = drawn["accuracy of the surest", "share of the images"]["ProGrad"]
+    assert covered[-1] == 1 and right[-1] == pytest.approx(part.right[1].mean())
+    for kind in ("loss ce", "cosine", "conflict"):
+        assert set(drawn[kind, "epochs"]) == {"ProGrad", "CoOp"}
 
 
 def test_hostile_names(tmp_path):

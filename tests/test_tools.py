@@ -192,7 +192,6 @@ def test_mistakes(runs, capsys):
          "bare.py must define read_learner(folder, args, clip)"),
         (["predict", run, "x.png"], "x.png: [Errno 2] No such file"),
         (["predict", run], "predict needs images"),
-        (["predict", run, photo, "--top", "0"], "--top K: 1 or more are needed"),
         (["predict", run, photo, "--classes", "a"], "two names or more"),
         (["predict", run, photo, "--classes", "a_b", "A b"], "each of them once"),
         (["predict", str(runs / "csc"), photo, "--classes", "a", "b"], "their own classes"),

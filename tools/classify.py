@@ -1,8 +1,6 @@
 """Classify images by an exported classifier. Needs torch, open_clip and Pillow alone.
 
-    python classify.py FILE.safetensors a.jpg b.jpg
-
-FILE holds the image encoder, and for each class a row (of VPT one for each sample).
+python classify.py FILE.safetensors a.jpg b.jpg
 """
 
 import argparse
@@ -33,8 +31,6 @@ def main() -> None:
     with safetensors.safe_open(args.classifier, "pt") as file:
         note = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    if "classifier" not in tensors:
-        sys.exit(f"error: {args.classifier} is no exported classifier")
     rows = tensors.pop("classifier")  # [C, D], or [L, C, D] of L samples
     visual = open_clip.CLIP(**json.loads(note["model"]), text_cfg={}).visual.eval()
     visual.load_state_dict(tensors)

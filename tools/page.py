@@ -2,8 +2,7 @@
 
     python tools/page.py RUN [FILE.html]      # RUN/page.html, unless another file is named
 
-The page holds its plots and thumbnails itself: no script, and nothing is loaded from elsewhere.
-Where the run's images have moved, it is made without them. page.html is its frame.
+It holds all that it shows. Where the run's images have moved, it is made without them.
 """
 
 import argparse
@@ -59,8 +58,7 @@ def plot(title: str, x_title: str, lines: dict) -> str:
 
 # 2. READING ---------------------------------------------------------------------------------------
 class Part:
-    """Test set i of a run: N images, C classes. Of each column (zero-shot CLIP, the run, its
-    baseline if there is one) what it says of every image."""
+    """Test set i of a run: what zero-shot CLIP, the run and its baseline say of every image."""
 
     def __init__(self, folder: Path, result: dict, i: int, found: dict[str, list[data.Item]]):
         test = result["tests"][i]
@@ -102,6 +100,8 @@ def classes(part: Part) -> str:
             numbers = [f"{share:.1f}" for share in shares]
             rows.append([name, str(images.sum()), *numbers, f"{shares[1] - shares[0]:+.1f}"])
     rows.sort(key=lambda cells: float(cells[-1]), reverse=True)
+    if len(rows) > 100:
+        rows = rows[:30] + rows[-30:]
     text = table([["class", "images", *part.titles, "change"], *rows])
     counts = []  # of each column {(true label, predicted label): number of images}
     for predicted, right in zip(part.predicted, part.right):
@@ -135,17 +135,27 @@ def card(part: Part, n: int) -> str:
         image.save(buffer, "jpeg")
     text = f"<p><b>{part.names[label]}</b></p>"
     for column in (0, 1):
-        mark = "✓" if part.right[column][n] else "✗"
-        p = f"{100 * part.confidence[column][n]:.0f} %"
+        mark, p = "✗✓"[int(part.right[column][n])], 100 * part.confidence[column][n]
         guess = part.names[part.predicted[column][n]]
-        text += f"<p>{part.titles[column]} {mark} {p} {guess}</p>"
+        text += f"<p>{part.titles[column]} {mark} {p:.0f} % {guess}</p>"
     return figure(buffer.getvalue(), "jpeg", address, text)
 
 
 def sureness(part: Part) -> str:
-    """How sure the run is where it is right, and where it is wrong."""
-    text = ""
-    for kind, values in {"confidence": part.confidence[1], **part.uncertainty}.items():
+    """Is it as sure as it is right? And by VPT's measures: less sure where it is wrong?"""
+    calibration, shares, coverage = {"calibrated": ([0, 1], [0, 1])}, {}, {}
+    for title, sure, right in zip(part.titles, part.confidence, part.right):
+        bins = (15 * sure).astype(int).clip(0, 14)
+        count = np.bincount(bins, minlength=15)
+        n = np.where(count, count, np.nan)  # an empty bin has no means
+        calibration[title] = (np.bincount(bins, sure, 15) / n, np.bincount(bins, right, 15) / n)
+        shares[title] = ((np.arange(15) + 0.5) / 15, count / len(bins))
+        kept = np.linspace(1, len(bins), 100).astype(int)
+        coverage[title] = (kept / len(bins), right[np.argsort(-sure)].cumsum()[kept - 1] / kept)
+    text = plot("accuracy, in 15 bins", "confidence", calibration)
+    text += plot("share of the images", "confidence", shares)
+    text += plot("accuracy of the surest", "share of the images", coverage)
+    for kind, values in part.uncertainty.items():
         lines = {}
         for word, chosen in {"right": part.right[1], "wrong": ~part.right[1]}.items():
             count, edges = np.histogram(values[chosen], 25, (0, values.max()))
@@ -154,27 +164,30 @@ def sureness(part: Part) -> str:
     return f"<div class='plots'>{text}</div>\n"
 
 
+def errors(part: Part) -> str:
+    """Of the images that one has wrong, how many each other has wrong, too."""
+    rows = [["wrong for", *(f"{title}, too" for title in part.titles)]]
+    for title, right in zip(part.titles, part.right):
+        rows.append([title, *(str((~right & ~other).sum()) for other in part.right)])
+    return table(rows)
+
+
 def training(folder: Path, result: dict) -> str:
-    """The curves of metrics.jsonl."""
+    """The curves of metrics.jsonl, of a run and of its baseline."""
     run = Path(result["training"]["run"]) if result["settings"]["eval"] else folder
-    epochs = common.read_metrics(run)
+    runs = {result["name"]: run, result["baseline_name"]: run / "baseline"}
+    runs = {name: common.read_metrics(path) for name, path in runs.items()}
     text = ""
-    for kind in dict.fromkeys(kind for line in epochs for kind in line if kind != "epoch"):
-        points = [(line["epoch"] + 1, line[kind]) for line in epochs if kind in line]
-        text += plot(kind.replace("_", " "), "epochs", {result["name"]: zip(*points)})
+    for kind in [kind for kind in (runs[result["name"]] or [{}])[-1] if kind != "epoch"]:
+        lines = {}
+        for name, epochs in runs.items():
+            points = [(line["epoch"] + 1, line[kind]) for line in epochs if kind in line]
+            lines |= {name: zip(*points)} if points else {}
+        text += plot(kind.replace("_", " "), "epochs", lines)
     return f"<div class='plots'>{text or f'There is no {esc(run)}/metrics.jsonl.'}</div>\n"
 
 
 # 4. THE PAGE --------------------------------------------------------------------------------------
-def origin(folder: Path, result: dict) -> str:
-    """Where the figures came from."""
-    told = {"run": folder.absolute(), "CLIP": result["clip"]}
-    told["test images"] = ", ".join(test["images"] for test in result["tests"])
-    for kind in ("training", "settings", "versions"):
-        told[kind] = ", ".join(f"{key} {value}" for key, value in result[kind].items())
-    return table([[key, esc(value)] for key, value in told.items()])
-
-
 def page(folder: Path) -> str:
     path = folder / "result.json"
     require(path.exists(), f"{folder} is no finished run: there is no {path}")
@@ -184,15 +197,19 @@ def page(folder: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as report:
         common.report(result, folder)
     measures, *_ = report.getvalue().rpartition("written to")
+    origin = {"run": folder.absolute(), "CLIP": result["clip"]}
+    origin["test images"] = ", ".join(test["images"] for test in result["tests"])
+    for kind in ("training", "settings", "versions"):
+        origin[kind] = ", ".join(f"{key} {value}" for key, value in result[kind].items())
     fields = {
         "title": html.escape(f"{result['name']} on {result['settings']['dataset']}"),
         "measures": html.escape(measures),
         "notes": "".join(f"<li>{esc(note)}</li>" for note in result["notes"]) or "<li>none</li>",
-        "origin": origin(folder, result),
+        "origin": table([[key, esc(value)] for key, value in origin.items()]),
         "missing": "" if all(p.items for p in parts) else f"Made without images: {esc(why)}.",
         "training": training(folder, result),
     }
-    for show in (classes, images, sureness):
+    for show in (classes, images, sureness, errors):
         fields[show.__name__] = "".join(f"<h3>{part.title}</h3>\n{show(part)}" for part in parts)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return string.Template(template).substitute(fields)

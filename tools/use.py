@@ -1,12 +1,10 @@
 """Use a run: predict images, export its classifier or features, read its prompt as words.
 
-    python tools/use.py predict RUN photo.jpg FOLDER       # top classes, zero-shot beside tuned
-    python tools/use.py predict RUN FOLDER --csv FILE.csv  # of folders called as classes: scores
-    python tools/use.py export RUN FILE.safetensors        # and classify.py, which runs anywhere
-    python tools/use.py export RUN --features FILE.npz     # what people plot of a test set
-    python tools/use.py words RUN                          # each context vector's nearest tokens
-
-Only --features needs the dataset. The script of the run is looked for beside prograd.py.
+python tools/use.py predict RUN photo.jpg FOLDER       # top classes, zero-shot beside tuned
+python tools/use.py predict RUN FOLDER --csv FILE.csv  # of folders called as classes: scores
+python tools/use.py export RUN FILE.safetensors        # and classify.py, which runs anywhere
+python tools/use.py export RUN --features FILE.npz     # what people plot of a test set
+python tools/use.py words RUN                          # each context vector's nearest tokens
 """
 
 import argparse
@@ -54,8 +52,7 @@ class Run:
 
     @torch.no_grad()
     def blocks(self, classnames: list[str], items: list[data.Item]):
-        """Of a block of n images after the other: unit features [n, D] of the frozen encoder and of
-        the run's (mostly the same), logits [n, C] of zero-shot CLIP and of the run."""
+        """Blocks of unit features [n, D], frozen and of the run, logits [n, C] of both."""
         classifier = common.zero_shot_classifier(self.clip, classnames, [self.template])
         for start in range(0, len(items), BLOCK):
             what = (items[start : start + BLOCK], self.clip.preprocess, self.settings)
@@ -70,13 +67,9 @@ class Run:
 
 
 def find_script(method: str, named: str | None):
-    """The module that made a run. WHY not by a path in its config.json: a run that somebody sent
-    must not decide which code is run here."""
+    """The module that made a run. A run that somebody sent must not decide which code runs here."""
     path = Path(named or Path(common.__file__).with_name(f"{Path(method).name}.py"))
-    require(
-        path.is_file() and path.suffix == ".py",
-        f"there is no {path}: name the script of the run by --script",
-    )
+    require(path.is_file(), f"there is no {path}: name the script of the run by --script")
     sys.path.insert(0, str(path.resolve().parent))
     module = importlib.import_module(path.stem)
     whole = hasattr(module, "read_learner") and hasattr(module, "class_logits")
@@ -110,7 +103,7 @@ def predict(run: Run, args: argparse.Namespace) -> None:
     tops = []
     for *_, zero_shot, tuned in run.blocks(classnames, [(path, 0) for path in paths]):
         both = torch.stack([zero_shot, tuned]).softmax(dim=-1)  # [2, n, C]
-        tops.append(both.topk(min(args.top, len(classnames))))
+        tops.append(both.topk(max(1, min(args.top, len(classnames)))))
     shares, best = (torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*tops))  # [2, N, K]
     names = np.array(classnames)[best]
     if args.csv:
@@ -140,7 +133,9 @@ def print_scores(truth: np.ndarray, names: np.ndarray) -> None:
         right = taken == truth
         pairs = Counter(zip(truth[~right], taken[~right])).most_common(5)
         text = ", ".join(f"{true} as {name} {n}" for (true, name), n in pairs) or "none"
-        print(f"  {title:9}  accuracy {100 * right.mean():.1f} %, most often confused: {text}")
+        mean = np.mean([right[truth == name].mean() for name in set(truth)])
+        scores = f"accuracy {100 * right.mean():.1f} %, class mean {100 * mean:.1f} %"
+        print(f"  {title:9}  {scores}, most often confused: {text}")
 
 
 @torch.no_grad()
@@ -169,21 +164,17 @@ def export(run: Run, args: argparse.Namespace) -> None:
     if args.features:
         return export_features(run, args)
     text = text_features(run, run.classnames)
-    # ProReg's own encoder, or that of a script that follows it.
-    encoder = run.learner if hasattr(run.learner, "encode_image") else run.clip.model
+    encoder = run.learner if hasattr(run.learner, "encode_image") else run.clip.model  # ProReg's
     tensors = encoder.visual.state_dict() | {"classifier": encoder.logit_scale.exp() * text}
     config = open_clip.get_model_config(run.clip.name)
-    model = {
-        "embed_dim": config["embed_dim"],
-        "vision_cfg": config["vision_cfg"]
-        | {"timm_model_pretrained": False, "output_tokens": False},
-        "quick_gelu": common.activation(run.clip.model) == "QuickGELU",
-    }
+    vision = config["vision_cfg"] | {"timm_model_pretrained": False, "output_tokens": False}
+    quick = common.activation(run.clip.model) == "QuickGELU"
     note = {
-        "model": json.dumps(model),
-        "preprocess": json.dumps(run.clip.model.visual.preprocess_cfg),
-        "classnames": json.dumps([name.replace("_", " ") for name in run.classnames]),
+        "model": {"embed_dim": config["embed_dim"], "vision_cfg": vision, "quick_gelu": quick},
+        "preprocess": run.clip.model.visual.preprocess_cfg,
+        "classnames": [name.replace("_", " ") for name in run.classnames],
     }
+    note = {key: json.dumps(value) for key, value in note.items()}
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     path = Path(args.paths[0])
     program, ours = path.with_name("classify.py"), Path(__file__).with_name("classify.py")
@@ -198,12 +189,9 @@ def export_features(run: Run, args: argparse.Namespace) -> None:
     """Of the run's first test set: features, labels, text features."""
     test = data.load_task(run.settings).tests[0]
     x, own, *_ = map(torch.cat, zip(*run.blocks(test.classnames, test.items)))
-    arrays = {
-        "x": x,
-        "x_tuned": own,
-        "labels": torch.tensor([label for _, label in test.items]),
-        "text_zero_shot": common.zero_shot_classifier(run.clip, test.classnames, [test.template]),
-    }
+    arrays = {"x": x, "x_tuned": own, "labels": torch.tensor([label for _, label in test.items])}
+    text = common.zero_shot_classifier(run.clip, test.classnames, [test.template])
+    arrays["text_zero_shot"] = text
     if getattr(run.learner, "kind", "global") == "global":  # else each image has its own
         arrays["text_tuned"] = text_features(run, test.classnames)
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
@@ -243,7 +231,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="[cpu]")
     args = parser.parse_intermixed_args(argv)
     require(args.action != "predict" or args.paths, "predict needs images or folders of images")
-    require(args.top > 0, "--top K: 1 or more are needed")
     action = {"predict": predict, "export": export, "words": words}[args.action]
     action(Run(args.run, args), args)
 
