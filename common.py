@@ -49,6 +49,7 @@ from data import UserError, progress, read_json, read_run, require, run, tell, w
 TOYCLIP = Path(__file__).resolve().parent / "toyclip"
 VERSIONS = {p: version(p) for p in "torch torchvision open_clip_torch numpy pillow timm".split()}
 ROW_LENGTH = 128  # tokens, prefix included, that a row of texts aims for
+SOONER = " (sooner: fewer --epochs, --views 10, --augment none)"  # beside the time left
 LOCKS = []  # of run folders; the system frees them when this process ends, however it ends
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 open_clip.add_model_config(TOYCLIP / "toyclip.json")
@@ -99,8 +100,7 @@ def load_clip(
     model="toyclip", pretrained=None, device="cpu", precision="fp32", memory_gb=4.0, tuned=False
 ) -> Clip:
     """`toyclip`; an open_clip model by name with a tag or a local weights file; or hf-hub:ORG/NAME.
-    tuned: the image encoder is to be fine-tuned, so that its fp32 weights are kept as `start`.
-    UserError for what is unknown or cannot be read."""
+    tuned: keep the image encoder's fp32 weights as `start`. UserError for what cannot be loaded."""
     # Of hf-hub: and local-dir: open_clip takes configuration, weights and tokenizer together.
     name = model if ":" in model else model.replace("/", "-")
     source = pretrained or (str(TOYCLIP / "weights.safetensors") if name == "toyclip" else "")
@@ -607,8 +607,7 @@ def new_parser(doc: str, method: str, own_flags: dict, defaults: Callable) -> da
 
 def settle(parser, argv, method: str, defaults: Callable, alone=True) -> argparse.Namespace:
     """Every setting: as typed; else as in the run to go on with or to evaluate; else `defaults` for
-    this dataset and so many shots; else DEFAULTS. UserError for values that cannot be used, and for
-    several processes where a method learns `alone`."""
+    this dataset and so many shots; else DEFAULTS. alone: the method learns in one process."""
     typed = vars(parser.parse_args(argv))
     require(
         not alone or "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1",
@@ -840,12 +839,11 @@ def write_result(
 def harmonic_means(tests: list[dict]) -> dict[str, float]:
     """H of base and new accuracy, or of in-distribution accuracy and the mean of the other domains;
     {} if there is neither. Other datasets (--test-on) do not count."""
-    first = tests[0]
-    own = [test for test in tests[1:] if test["dataset"] == first["dataset"]]
+    own = [test for test in tests[1:] if test["dataset"] == tests[0]["dataset"]]
     new = [test for test in own if test["classes"] == "new" and not test["domain"]]
-    rest = new or [t for t in own if t["domain"] and t["classes"] == first["classes"]]
+    rest = new or [t for t in own if t["domain"] and t["classes"] == tests[0]["classes"]]
     means = {}
-    for column, found in measures(first).items() if rest else ():
+    for column, found in measures(tests[0]).items() if rest else ():
         others = [measures(test)[column]["accuracy"] for test in rest]
         means[column] = harmonic_mean(found["accuracy"], sum(others) / len(others))
     return means

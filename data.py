@@ -114,9 +114,11 @@ def write(path: Path, content: bytes) -> None:
 
 
 def progress(things: Iterable, text: str) -> tqdm:
-    """A bar on stderr, if that is a terminal; of several processes one shows it."""
-    silent = os.environ.get("RANK", "0") != "0" or not getattr(sys.stderr, "isatty", bool)()
-    return tqdm(things, text, leave=False, disable=silent)
+    """A bar on stderr; where that is no terminal (a log file, a notebook), a line a minute."""
+    line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go\n"
+    rare = {"mininterval": 60, "miniters": 1, "delay": 60, "bar_format": line}
+    shown = {"leave": False} if getattr(sys.stderr, "isatty", bool)() else rare
+    return tqdm(things, text, disable=os.environ.get("RANK", "0") != "0", **shown)
 
 
 def read_text(path: Path, parse: Callable = str):
@@ -136,10 +138,7 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     config = read_json(path) if path.exists() else {}
     known = {"method", "settings", "weights", "classnames", "root", "train", "training", "tests"}
-    require(
-        known <= config.keys() and "method" in config["settings"],
-        f"{path} is missing, or not ours; to begin a run name its --dataset",
-    )
+    require(known <= config.keys(), f"{path} is missing, or not ours; a new run needs --dataset")
     return config
 
 
@@ -303,8 +302,9 @@ def locate(name: str, args: argparse.Namespace) -> Found:
     source = OWN.get(path and kind) or SOURCES.get(name)
     require(source, f"no dataset is called {name!r}: {advice}")
     data_root = os.path.expanduser(args.data_root)
-    places = [os.path.join(data_root, folder) for folder in source.images.split()]
-    places = places or [os.path.expanduser(path)]
+    places = [os.path.join(data_root, folder) for folder in source.images.split()] or [
+        os.path.expanduser(path)
+    ]
     fetch = re.search(r"torchvision\.(\w+) by", source.get)
     if args.download and fetch and not any(map(os.path.isdir, places)):
         from torchvision import datasets
@@ -765,8 +765,9 @@ def draw(found: Found, labels: range, args: argparse.Namespace) -> tuple[list[It
     drawn = fewshot(found.sets["train", ""], found.sets["val", ""], args.shots, args.seed)
     train, val = (keep_labels(items, labels) for items in drawn)
     least = min(collections.Counter(label for _, label in train).values(), default=0)
-    if args.shots != "all":
-        tell(found.notes, least < args.shots, f"a class has {least} training images, no more")
+    tell(
+        found.notes, args.shots != "all" and least < args.shots, f"a class has only {least} images"
+    )
     return train, val
 
 

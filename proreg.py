@@ -360,7 +360,7 @@ def train(args: argparse.Namespace, clip: Clip, task: data.Task, out: Path) -> P
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     teacher = zero_shot_teacher(args, clip, task)
     first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
-    for epoch in common.progress(range(first, args.epochs), out.name):
+    for epoch in common.progress(range(first, args.epochs), out.name + common.SOONER):
         batches = training_batches(args, clip, task, epoch)
         sums = next(learner.parameters()).new_zeros(6)
         for i, (size, parts) in enumerate(batches):

@@ -348,7 +348,7 @@ def train(args, clip: Clip, task: data.Task, views, out: Path) -> PromptDistribu
         learner.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     first = common.resume(out, learner, optimizer)  # 0, or where the checkpoint in `out` left off
-    for epoch in common.progress(range(first, args.epochs), out.name):
+    for epoch in common.progress(range(first, args.epochs), out.name + common.SOONER):
         x, labels = views(epoch)  # [N, D], [N]
         # Eq. 7: the rate of this epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.lr)

@@ -12,6 +12,7 @@ from conftest import QUICK, each_script, photos, read, refused, run
 from test_runs import SHORT
 
 import common
+import data
 import prograd
 import proreg
 import vpt
@@ -125,3 +126,14 @@ def test_notes(script, flags, notes):
     """On rates that nobody means, and on what a flag does beside what is meant."""
     found = run(script, *QUICK, *flags.split())["notes"]
     assert [note for note in found if not note.startswith("mean residual")] == notes
+
+
+def test_progress_where_no_terminal_is(monkeypatch, capsys):
+    """A line about every minute."""
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    for _ in data.progress(range(30), "run"):
+        clock[0] += 30.0
+    err = capsys.readouterr().err
+    assert "run: 2 of 30 after 01:00" in err and "to go" in err
+    assert 10 <= err.count(" of 30 after ") <= 16

@@ -222,9 +222,9 @@ REFUSED = [  # flags; the error. Two runs are there, trained on half of the clas
     ("--out-dir half", "half is in use, or holds a run to --resume: name another --out-dir"),
     (
         "--resume heer --workers 0",
-        "heer/config.json is missing.*; to begin a run name its --dataset",
+        "heer/config.json is missing.*; a new run needs --dataset",
     ),
-    ("--resume heer --lr 0.1", "heer/config.json is missing.*; to begin a run name its --dataset"),
+    ("--resume heer --lr 0.1", "heer/config.json is missing.*; a new run needs --dataset"),
     ("--eval nothing", "nothing/config.json is missing, or not ours"),
     ("--eval half --n-ctx 4", "half has --n-ctx 16: leave it out"),
     ("--eval half --lr 1", "half has --lr 0.005: leave it out"),
