@@ -18,7 +18,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from conftest import CONFIG, QUICK, TEXT, VISION, checkpoint, read, tiny_clip, tiny_model
+from conftest import CONFIG, QUICK, VISION, checkpoint, read, tiny_clip, tiny_model
 
 import common
 import prograd
@@ -158,13 +158,6 @@ def test_unknown_names(tmp_path, caplog, capfd):
     caplog.clear()
     not_loaded("cannot load tinybroken", "tinybroken", str(tmp_path / "broken.pt"))
     assert not caplog.records and capfd.readouterr().err == ""
-
-
-def test_towers_that_cannot_be_used(tmp_path):
-    """CoCa's has a place more than a prompt has tokens."""
-    config = CONFIG | {"custom_text": True, "text_cfg": TEXT | {"embed_cls": True}}
-    torch.save(tiny_model("tinycoca", config=config).state_dict(), tmp_path / "x.pt")
-    not_loaded("such a text tower cannot be used", "tinycoca", str(tmp_path / "x.pt"))
 
 
 def test_hub_names_go_to_open_clip(model, tmp_path, monkeypatch):

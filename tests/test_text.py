@@ -1,6 +1,5 @@
 """The text encoder: rows of names behind one prefix equal open_clip's own tower, exactly."""
 
-import argparse
 import copy
 import dataclasses
 import inspect
@@ -108,12 +107,12 @@ def test_the_length_of_a_prompt_is_counted(clip64):
             common.name_tokens(clip64, [fits], n_ctx, own=own)
 
 
-def test_words_toyclip_never_saw():
-    args = argparse.Namespace(model="toyclip", pretrained=None, device="cpu", precision="fp32")
-    args.memory_gb = 4
-    tests = [argparse.Namespace(classnames=["Red_circle", "dachshund"])]
-    with pytest.raises(UserError, match=r"toyclip never saw the words \['dachshund'\]: name"):
-        common.load_run_clip(args, argparse.Namespace(tests=tests))
+def test_word_toyclip_never_saw(toyclip):
+    text = "toyclip never saw a word of .'a photo of a dachshund"
+    with pytest.raises(UserError, match=text):
+        common.prompt_features(toyclip, ["circle", "dachshund"], "a photo of a {}.")
+    with pytest.raises(UserError, match=text):
+        common.word_tokens(toyclip, "a photo of a dachshund")
 
 
 def test_custom_text_tower_and_layer_scale():
@@ -125,8 +124,10 @@ def test_custom_text_tower_and_layer_scale():
 
 
 class OtherTokenizer:
-    """Of open_clip's class for Hugging Face's tokenizers: one that pads with 1 and, as SigLIP's,
-    begins with no token, or with BERT's."""
+    """Of open_clip's class for Hugging Face's tokenizers: one that ends and pads with 1 and, as
+    SigLIP's, begins with no token, or with BERT's."""
+
+    context_length = 77
 
     def __init__(self, start: int | None):
         encode = lambda text, add_special_tokens: [9 + len(word) for word in text.split()]  # noqa: E731
@@ -135,13 +136,15 @@ class OtherTokenizer:
     def __call__(self, texts, context_length=77):
         start = [] if self.tokenizer.cls_token_id is None else [self.tokenizer.cls_token_id]
         ids = [start + self.tokenizer.encode(text, False) for text in texts]
-        return torch.tensor([(row + [1] * context_length)[:context_length] for row in ids])
+        ends = [1] * context_length  # at least one stays, however long the text is
+        return torch.tensor([(row[: context_length - 1] + ends)[:context_length] for row in ids])
 
 
 LAST = {"no_causal_mask": True, "pool_type": "last"}
 KINDS = {  # text_cfg and tokenizer of MobileCLIP's, SigLIP's and CLIPA's kinds, and of one more
     "mobileclip": ({"no_causal_mask": True}, None),
     "first": ({"no_causal_mask": True, "pool_type": "first"}, None),
+    "coca": ({"embed_cls": True}, None),
     "siglip": (LAST | {"proj_bias": True}, OtherTokenizer(None)),
     "clipa": (LAST, OtherTokenizer(101)),
 }
