@@ -362,7 +362,8 @@ def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
     """Ids [C, context length], on the CPU, of texts to stand behind `before` tokens. After SOS an
     ordinary word keeps each place of the context. UserError for a text that is too long, or has a
     word that toyclip never saw."""
-    n, table = clip.tokenizer.context_length, text_tower(clip.model).token_embedding.weight
+    tower = text_tower(clip.model)
+    n = min(clip.tokenizer.context_length, len(tower.positional_embedding))  # CoCa's has one more
     filler = "a " * (before - start_of_text(clip).shape[1])
     prompts = [filler + text.replace("_", " ") for text in texts]
     *rows, empty = clip.tokenizer([*prompts, ""], context_length=n + 1)
@@ -370,7 +371,7 @@ def pad(clip: Clip, texts: list[str], before: int = 1) -> Tensor:
     long = [x for x, row in zip(texts, rows) if row[n] != empty[n] or row[n - 1] not in empty]
     require(not long, f"{long[:1]} has too many tokens: shorten it, or the context")
     new = [x for x, row in zip(texts, rows) if clip.name == "toyclip"  # untrained rows are zero
-           and not table[row[row > 0]].any(dim=1).all()]  # fmt: skip
+           and not tower.token_embedding.weight[row[row > 0]].any(dim=1).all()]  # fmt: skip
     require(not new, f"toyclip never saw a word of {new[:1]}: name another --model")
     return torch.stack(rows)[:, :n]
 
