@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -223,8 +221,7 @@ def test_frozen_weights_in_half_precision(any_clip, precision):
 def test_what_is_tuned_starts_from_the_weights_as_they_are(toyclip):
     """In a run in bf16, too: rounded, they would be off by 1e-3."""
     flags = ["--precision", "bf16", "--lr", "1e-9", "--test-part", "val", "--out-dir", "run"]
-    # A process of its own: after bf16, oneDNN rounds fp32 convolutions in the same one otherwise.
-    subprocess.run([sys.executable, proreg.__file__, *QUICK, *flags], check=True)
+    proreg.main([*QUICK, *flags])
     assert read("run")["clip"] == toyclip.weights
     learned = checkpoint("run")
     for key, value in toyclip.model.visual.state_dict().items():

@@ -593,6 +593,9 @@ def test_toy_tasks():
     assert np.array_equal(same, data.read_image("toy:toy_shapes_biased/style/3"))
     train = [np.array(data.read_image(f"toy:{n}/train/3")) for n in data.world.SHORTCUT]
     assert train[0].shape == (32, 32, 3)
+    data.world.task_block.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(train[0], data.read_image(f"toy:{[*data.world.SHORTCUT][0]}/train/3"))
 
 
 # Images -------------------------------------------------------------------------------------------

@@ -597,6 +597,7 @@ def hidden_shortcut(labels, part, bias, generator):
 
 
 @lru_cache(maxsize=512)  # 184 kB each
+@torch.autocast("cpu", enabled=False)  # whoever reads images within a bf16 run gets the same ones
 def task_block(name, part, block):
     """Images block * BLOCK and following of the part: (uint8 [60, 32, 32, 3], their factors)."""
     task = TASKS[name]
